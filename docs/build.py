@@ -1,0 +1,328 @@
+"""The documentation site, and README.md, from the notebooks.
+
+    python docs/build.py                  the site, in _docs/
+    python docs/build.py --readme         README.md
+    python docs/build.py --check-readme   fails when README.md is not what the notebooks say
+"""
+import argparse, ast, os, re, shutil, subprocess, sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)
+
+import yaml
+from fastcore.nbio import read_nb
+from nbdev.config import get_config, nbpath2html
+from nbdev.processors import FilterDefaults, add_links, exec_show_docs, insert_warning, rm_export
+import nbformat
+
+from entries import Entries
+from names import Names
+from translate import code_spans, outside_code, to_github, to_myst
+
+CONFIG = get_config()
+NOTEBOOKS = CONFIG.nbs_path
+STAGING = ROOT / "_site_src"
+SITE = CONFIG.doc_url.rstrip("/") + "/"
+SECTIONS = {
+    "theory": ("Theory", "Each claim with its proof, a measurement and a verdict."),
+    "library": ("Library", "One notebook per module: the idea, the code, the tests, the pictures."),
+    "experiments": ("Experiments", "What was run, what came out, and how it compares."),
+    "guides": ("Guides", "How to put a prototype layer to work, and what to do when it misbehaves."),
+}
+ICONS = {"theory": "superscript", "library": "cubes", "experiments": "flask", "guides": "compass"}
+MATHJAX = ["mathjax/tex-chtml.js", "mathjax/input", "mathjax/a11y", "mathjax/ui", "mathjax/sre",
+           "@mathjax/mathjax-newcm-font/chtml", "@mathjax/mathjax-newcm-font/chtml.js"]
+
+class Notebook(FilterDefaults):
+    "nbdev's processing of a notebook, except that nothing is run and exported code stays: the entries are made from the package."
+    def base_procs(self):
+        ours = {add_links, exec_show_docs, insert_warning, rm_export}
+        return [processor for processor in super().base_procs() if processor not in ours]
+
+@dataclass
+class Page:
+    path: Path
+    name: str
+    title: str
+    summary: str
+    cells: list
+
+    @property
+    def section(self): return self.name.rpartition("/")[0]
+
+    @property
+    def source(self): return self.path.relative_to(ROOT).as_posix()
+
+def fail(message):
+    raise SystemExit(f"docs/build.py: {message}")
+
+def read_page(path):
+    notebook = read_nb(path)
+    Notebook()(notebook)
+    front = getattr(notebook, "frontmatter_", {})
+    if "title" not in front: fail(f"{path.relative_to(ROOT)} has no `# Title` in its first cell")
+    cells = [cell for cell in notebook.cells if cell.cell_type != "raw"]
+    name = nbpath2html(path.relative_to(NOTEBOOKS)).with_suffix("").as_posix()
+    return Page(path, name, str(front["title"]), str(front.get("description") or ""), cells)
+
+def is_visible(path):
+    return not any(part[0] in "._" for part in path.relative_to(NOTEBOOKS).parts)
+
+def read_pages():
+    "All pages, in the order of their files; page names drop the numbers, so two files may claim the same one."
+    pages = {}
+    for path in sorted(path for path in NOTEBOOKS.rglob("*.ipynb") if is_visible(path)):
+        page = read_page(path)
+        if page.name in pages: fail(f"{page.source} and {pages[page.name].source} would be the same page: rename one of them")
+        pages[page.name] = page
+    return list(pages.values())
+
+def sections(pages):
+    "The folders that have notebooks: those of SECTIONS first, in that order."
+    found = sorted({page.section for page in pages} - {""})
+    return [name for name in SECTIONS if name in found] + [name for name in found if name not in SECTIONS]
+
+def heading(section):
+    return SECTIONS.get(section, (section.replace("/", " · ").capitalize(), ""))
+
+def directives(cell):
+    return getattr(cell, "directives_", {})
+
+def unquoted(text):
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+def visible_code(cell):
+    return re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
+
+def shown_name(cell):
+    "The name in a `show_doc(name)` cell."
+    match = re.match(r"show_doc\(([\w.]+)", visible_code(cell)) if cell.cell_type == "code" else None
+    return match[1] if match else None
+
+def shown_names(pages, names):
+    "Everything that has an entry of its own, as full names."
+    shown = {names.resolve(short, page.name) for page in pages for short in map(shown_name, page.cells) if short}
+    return shown - {None}
+
+def markdown_cell(text):
+    return nbformat.v4.new_markdown_cell(text)
+
+def is_exported(cell):
+    return bool({"export", "exporti"} & directives(cell).keys())
+
+def is_hidden(cell):
+    return bool({"hide", "default_exp"} & directives(cell).keys()) or directives(cell).get("include") == "false"
+
+def defines_entry(node):
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+
+def is_worth_unfolding(code):
+    "Whether exported code holds something that no entry shows: constants, private helpers."
+    shown = (ast.Import, ast.ImportFrom)
+    return any(not isinstance(node, shown) and not defines_entry(node) for node in ast.parse(code).body)
+
+def code_settings(options):
+    "MyST-NB's tags and metadata for Quarto's cell options."
+    hides = [("echo", "remove-input"), ("output", "remove-output"), ("warning", "remove-stderr")]
+    tags, settings = [tag for option, tag in hides if options.get(option) == "false"], {}
+    if "code-fold" in options:
+        tags.append("hide-input")
+        summary = unquoted(options.get("code-summary", "Code"))
+        settings |= {"code_prompt_show": summary, "code_prompt_hide": summary}
+    if "fig-cap" in options:
+        settings["figure"] = {"caption": unquoted(options["fig-cap"])}
+        if "label" in options: settings["figure"]["name"] = options["label"]
+    alt = options.get("fig-alt") or options.get("fig-cap")
+    if alt: settings["image"] = {"alt": unquoted(alt)}
+    return {"tags": tags, "mystnb": settings}
+
+def output(raw):
+    "A stored output as nbformat wants it."
+    fields = {key: value for key, value in raw.items() if key not in ("execution_count", "metadata")}
+    if fields["output_type"] in ("display_data", "execute_result"): fields["metadata"] = {}
+    if fields["output_type"] == "execute_result": fields["execution_count"] = None
+    return nbformat.from_dict(fields)
+
+class Site:
+    "Stages the pages as MyST notebooks and has Sphinx make HTML of them."
+    def __init__(self):
+        self.names = Names(CONFIG.lib_path.name)
+        self.pages = read_pages()
+        self.shown = shown_names(self.pages, self.names)
+        self.entries = Entries(self.names, self.translate, CONFIG.git_url)
+        self.documented = self.shown | self.members_of(self.shown)
+
+    def members_of(self, shown):
+        from entries import members
+        return {f"{full}.{name}" for full in shown for name in members(self.names.object(full))} & self.names.module.keys()
+
+    def reference(self, span, page):
+        "A typed reference for a code span that names something documented."
+        full = self.names.find(span, page)
+        return f"{{py:obj}}`{span} <{full}>`" if full in self.documented else None
+
+    def translate(self, text, page):
+        return to_myst(text, lambda span: self.reference(span, page))
+
+    def cells(self, page):
+        for cell in page.cells:
+            if cell.cell_type == "markdown": yield markdown_cell(self.translate(cell.source, page.name))
+            elif not is_hidden(cell): yield from self.code_cells(cell, page)
+
+    def code_cells(self, cell, page):
+        short, code = shown_name(cell), visible_code(cell)
+        if short:
+            full = self.names.resolve(short, page.name) or fail(f"{page.source} documents `{short}`, which the package lacks: run `make export`")
+            yield markdown_cell(self.entries.entry(full, skip=self.shown))
+        elif is_exported(cell):
+            if is_worth_unfolding(code): yield self.code_cell(code, {"code-fold": "true", "code-summary": "Source"}, [])
+        elif code: yield self.code_cell(code, directives(cell), cell.outputs)
+
+    def code_cell(self, code, options, outputs):
+        return nbformat.v4.new_code_cell(code, metadata=code_settings(options), outputs=[output(raw) for raw in outputs])
+
+    def stage(self, page):
+        lead = f"\n\n{{.lead}}\n{page.summary}" if page.summary else ""
+        title = markdown_cell(self.translate(f"# {page.title}{lead}", page.name))
+        write_notebook([title, *self.cells(page)], STAGING / f"{page.name}.ipynb")
+
+    def stage_home(self, page):
+        "The first page: its title, the moving picture, a card per section, then the notebook."
+        lead = self.translate(f"# {page.title}\n\n{{.lead}}\n{page.summary}", page.name)
+        hero = (ROOT / "docs/home.md").read_text(encoding="utf-8")
+        cells = [markdown_cell(text) for text in (lead, hero, cards(sections(self.pages)))]
+        write_notebook([*cells, *self.cells(page), markdown_cell(home_contents(sections(self.pages)))], STAGING / "index.ipynb")
+
+    def check_spelling(self):
+        "Stop at code spans in the prose that look like names of the package, and are none."
+        found = [f"{page.source}: `{span}` is not a name of the package" for page in self.pages for span in self.misspelled(page)]
+        if found: fail("\n".join(["names that do not exist", *found]))
+
+    def misspelled(self, page):
+        prose = "\n\n".join(cell.source for cell in page.cells if cell.cell_type == "markdown")
+        local = set(re.findall(r"[A-Za-z_]\w*", "\n".join(cell.source for cell in page.cells if cell.cell_type == "code")))
+        spans = [span[1:-1] for span in code_spans(prose)[1::2] if not span.startswith("```")]
+        return sorted({span for span in spans if self.names.misspelled(span, page.name, local)})
+
+    def stage_all(self):
+        shutil.rmtree(STAGING, ignore_errors=True)
+        shutil.copytree(ROOT / "docs/src", STAGING)
+        copy_mathjax()
+        copy_pictures()
+        for page in self.pages:
+            self.stage_home(page) if page.name == "index" else self.stage(page)
+        for section in sections(self.pages): self.write_section(section)
+
+    def write_section(self, section):
+        title, summary = heading(section)
+        inside = [page for page in self.pages if page.section == section]
+        lines = [f"1. [{page.title}]({page.name.rpartition('/')[2]}.ipynb)\\\n   {self.translate(page.summary, page.name)}" for page in inside]
+        toctree = contents([page.name.rpartition("/")[2] for page in inside])
+        index = "\n\nEvery name the package exports is in the {ref}`index of names <genindex>`." if section == "library" else ""
+        text = f"# {title}\n\n{{.lead}}\n{summary}\n\n{{.pages}}\n" + "\n".join(lines) + f"{index}\n\n{toctree}\n"
+        (STAGING / section / "index.md").write_text(text, encoding="utf-8")
+
+def contents(documents):
+    return "\n".join(["```{toctree}", ":hidden:", "", *documents, "```"])
+
+def home_contents(found):
+    return contents([f"{section}/index" for section in found] + ["references"])
+
+def cards(found):
+    "A card per section."
+    lines = ["::::{grid} 1 2 2 4", ":gutter: 3", ":class-container: sections", ""]
+    for section in found:
+        title, summary = heading(section)
+        icon = f"{{fas}}`{ICONS.get(section, 'book')}` "
+        lines += [f":::{{grid-item-card}} {icon}{title}", f":link: {section}/index", ":link-type: doc", "", summary, ":::", ""]
+    return "\n".join([*lines, "::::"])
+
+def write_notebook(cells, path):
+    "A notebook with numbered cells, so that two builds agree."
+    for i, cell in enumerate(cells): cell["id"] = f"cell-{i}"
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": language})
+    nbformat.validate(notebook)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+
+def copy_mathjax():
+    "MathJax and its font beside the pages, from where npm put them."
+    source, target = ROOT / "docs/node_modules", STAGING / "_static"
+    for name in MATHJAX:
+        if not (source / name).exists(): fail("MathJax is missing: run `sh docs/vendor.sh`")
+        copy = shutil.copytree if (source / name).is_dir() else copy_file
+        copy(source / name, target / name)
+
+def copy_file(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
+
+def copy_pictures():
+    "What the notebooks show from files."
+    for path in NOTEBOOKS.rglob("*"):
+        if path.is_file() and path.suffix in (".png", ".svg", ".jpg", ".gif", ".html") and is_visible(path):
+            copy_file(path, STAGING / path.relative_to(NOTEBOOKS))
+
+def run_sphinx(target):
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", STAGING / ".doctrees", STAGING, target]
+    return subprocess.call(list(map(str, command)), env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+def build_site(target):
+    site = Site()
+    site.check_spelling()
+    site.stage_all()
+    status = run_sphinx(Path(target))
+    if status == 0: print(f"{len(site.pages)} notebooks -> {target}/index.html")
+    return status
+
+def text_of(parts):
+    return parts if isinstance(parts, str) else "".join(parts or "")
+
+def readme_output(raw):
+    "An output as markdown: markdown as it is, text in a fence, nothing for pictures (a README links to files)."
+    data = raw.get("data", {})
+    if "text/markdown" in data: return text_of(data["text/markdown"]).strip()
+    if any(kind.startswith("image/") for kind in data): return ""
+    text = text_of(raw.get("text") or data.get("text/plain")).rstrip()
+    return f"```text\n{text}\n```" if text else ""
+
+def readme_parts(page, convert):
+    yield "<!-- Made from nbs/index.ipynb: edit that and run `make export`. -->"
+    yield convert(f"# {page.title}\n\n> {page.summary}")
+    for cell in page.cells:
+        if cell.cell_type == "markdown": yield convert(cell.source)
+        elif not is_hidden(cell) and not is_exported(cell) and not shown_name(cell):
+            if visible_code(cell) and directives(cell).get("echo") != "false": yield f"```python\n{visible_code(cell)}\n```"
+            if directives(cell).get("output") != "false": yield from (convert(readme_output(raw)) for raw in cell.outputs)
+
+def readme():
+    "README.md from the first notebook."
+    page, names = read_page(NOTEBOOKS / CONFIG.readme_nb), Names(CONFIG.lib_path.name)
+    def link(span):
+        full = names.find(span, page.name)
+        return f"[`{span}`]({SITE}{names.place[full]})" if full else None
+    def convert(text): return to_github(text, link, SITE, NOTEBOOKS.name)
+    return "\n\n".join(part for part in readme_parts(page, convert) if part) + "\n"
+
+def readme_is_stale():
+    path = ROOT / "README.md"
+    return not path.exists() or path.read_text(encoding="utf-8") != readme()
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", action="store_true", help="write README.md")
+    parser.add_argument("--check-readme", action="store_true", help="fail when README.md is stale")
+    parser.add_argument("--output", default=CONFIG.doc_path, help="folder of the site")
+    options = parser.parse_args()
+    if options.readme: (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    elif options.check_readme:
+        if readme_is_stale(): fail("README.md is not what nbs/index.ipynb says: run `make export`")
+    else: raise SystemExit(build_site(options.output))
+
+if __name__ == "__main__": main()
