@@ -18,9 +18,9 @@ from nbdev.config import get_config, nbpath2html
 from nbdev.processors import FilterDefaults, add_links, exec_show_docs, insert_warning, rm_export
 import nbformat
 
-from entries import Entries
+from entries import Entries, members
 from names import Names
-from translate import code_spans, outside_code, to_github, to_myst
+from translate import code_spans, to_github, to_myst
 
 CONFIG = get_config()
 NOTEBOOKS = CONFIG.nbs_path
@@ -116,13 +116,15 @@ def is_exported(cell):
 def is_hidden(cell):
     return bool({"hide", "default_exp"} & directives(cell).keys()) or directives(cell).get("include") == "false"
 
-def defines_entry(node):
-    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+def defined_names(code):
+    "What a cell defines: functions, classes, constants; imports do not count."
+    for node in ast.parse(code).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): yield node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)): yield ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
 
-def is_worth_unfolding(code):
-    "Whether exported code holds something that no entry shows: constants, private helpers."
-    shown = (ast.Import, ast.ImportFrom)
-    return any(not isinstance(node, shown) and not defines_entry(node) for node in ast.parse(code).body)
+def source_label(code, most=4):
+    names = list(defined_names(code))
+    return "Source: " + ", ".join(names[:most]) + ", …" * (len(names) > most)
 
 def code_settings(options):
     "MyST-NB's tags and metadata for Quarto's cell options."
@@ -156,7 +158,6 @@ class Site:
         self.documented = self.shown | self.members_of(self.shown)
 
     def members_of(self, shown):
-        from entries import members
         return {f"{full}.{name}" for full in shown for name in members(self.names.object(full))} & self.names.module.keys()
 
     def reference(self, span, page):
@@ -168,18 +169,30 @@ class Site:
         return to_myst(text, lambda span: self.reference(span, page))
 
     def cells(self, page):
+        "The staged cells: entries take the place of exported code, which is folded after them."
+        source = None
         for cell in page.cells:
-            if cell.cell_type == "markdown": yield markdown_cell(self.translate(cell.source, page.name))
-            elif not is_hidden(cell): yield from self.code_cells(cell, page)
+            if source and not shown_name(cell): yield source
+            if not shown_name(cell): source = self.folded_source(cell)
+            yield from self.staged(cell, page)
+        if source: yield source
 
-    def code_cells(self, cell, page):
-        short, code = shown_name(cell), visible_code(cell)
-        if short:
-            full = self.names.resolve(short, page.name) or fail(f"{page.source} documents `{short}`, which the package lacks: run `make export`")
-            yield markdown_cell(self.entries.entry(full, skip=self.shown))
-        elif is_exported(cell):
-            if is_worth_unfolding(code): yield self.code_cell(code, {"code-fold": "true", "code-summary": "Source"}, [])
-        elif code: yield self.code_cell(code, directives(cell), cell.outputs)
+    def folded_source(self, cell):
+        if cell.cell_type != "code" or is_hidden(cell) or not is_exported(cell): return None
+        code = visible_code(cell)
+        if not any(defined_names(code)): return None
+        return self.code_cell(code, {"code-fold": "true", "code-summary": source_label(code)}, [])
+
+    def staged(self, cell, page):
+        if cell.cell_type == "markdown": yield markdown_cell(self.translate(cell.source, page.name))
+        elif shown_name(cell): yield markdown_cell(self.entry(shown_name(cell), page))
+        elif visible_code(cell) and not is_hidden(cell) and not is_exported(cell):
+            yield self.code_cell(visible_code(cell), directives(cell), cell.outputs)
+
+    def entry(self, short, page):
+        full = self.names.resolve(short, page.name)
+        if not full: fail(f"{page.source} documents `{short}`, which the package lacks: run `make export`")
+        return self.entries.entry(full, skip=self.shown)
 
     def code_cell(self, code, options, outputs):
         return nbformat.v4.new_code_cell(code, metadata=code_settings(options), outputs=[output(raw) for raw in outputs])
@@ -233,7 +246,7 @@ def home_contents(found):
 
 def cards(found):
     "A card per section."
-    lines = ["::::{grid} 1 2 2 4", ":gutter: 3", ":class-container: sections", ""]
+    lines = [f"::::{{grid}} 1 2 2 {max(2, min(4, len(found)))}", ":gutter: 3", ":class-container: sections", ""]
     for section in found:
         title, summary = heading(section)
         icon = f"{{fas}}`{ICONS.get(section, 'book')}` "

@@ -1,5 +1,5 @@
-"Sphinx entries for what the notebooks export: signature, docstring, parameters, source."
-import inspect, re, textwrap
+"Sphinx entries for what the notebooks export: signature, docstring, parameters."
+import inspect
 from fastcore.docments import docments, empty
 
 class Verbatim:
@@ -8,12 +8,19 @@ class Verbatim:
     def __repr__(self): return self.text
 
 def plain_annotation(value):
-    return Verbatim(value) if isinstance(value, str) else value
+    "Annotations written as strings, without their quotes."
+    text = getattr(value, "__forward_arg__", value)
+    return Verbatim(text) if isinstance(text, str) else value
 
 def plain_default(value):
     "Names for functions and classes; no address in memory, which would differ from build to build."
     if hasattr(value, "__name__"): return Verbatim(value.__name__)
     return Verbatim(f"{type(value).__name__}()") if " at 0x" in repr(value) else value
+
+def has_signature(found):
+    "Whether it can be called with arguments of its own (a property cannot, nor an exception that adds nothing)."
+    try: return bool(inspect.signature(found))
+    except ValueError: return False
 
 def signature_text(found):
     signature = inspect.signature(found)
@@ -54,13 +61,6 @@ def field_list(found):
         fields.append(f":returns: {text}" if name == "return" else f":param {name}: {text}")
     return "\n".join(fields)
 
-def source_text(found):
-    return textwrap.dedent(inspect.getsource(found)).rstrip()
-
-def folded_source(code, address):
-    link = f"\n[On GitHub]({address}){{.api-source}}\n" if address else ""
-    return f"::::{{dropdown}} Source\n:class-container: api-code\n\n```python\n{code}\n```\n{link}::::"
-
 class Entries:
     "Writes entries; `names` says where things are, `translate` turns a docstring into MyST, `repository` is where files are read."
     def __init__(self, names, translate, repository):
@@ -70,17 +70,18 @@ class Entries:
         path = self.names.module[full].replace(".", "/") + ".py"
         return f"{self.repository}/blob/main/{path}#L{inspect.getsourcelines(found)[1]}"
 
-    def entry(self, full, skip=(), with_source=True):
+    def entry(self, full, skip=()):
         "The entry of one name, with its documented members except those in `skip`, which have entries of their own."
         found, short = self.names.object(full), self.names.short(full)
         role, code = kind(found, short), unwrapped(found)
-        head = f"{short}{'' if role == 'property' else signature_text(code)}"
+        called = role != "property" and has_signature(code)
+        head = short + signature_text(code) if called else short
         options = [f":module: {self.names.module[full]}"]
         options += [f":{type(found).__name__}:"] * isinstance(found, (classmethod, staticmethod))
-        parts = [self.translate(docstring(found), self.names.page(full)), field_list(code) if role != "property" else ""]
-        inner = [f"{full}.{name}" for name in members(found)]
-        parts += [self.entry(name, with_source=False) for name in inner if name in self.names.module and name not in skip]
-        if with_source: parts.append(folded_source(source_text(code), self.address(code, full)))
+        parts = [self.translate(docstring(found), self.names.page(full)), field_list(code) if called else ""]
+        inside = [f"{full}.{name}" for name in members(found)]
+        parts += [self.entry(name) for name in inside if name in self.names.module and name not in skip]
+        parts.append(f"[Source on GitHub]({self.address(code, full)}){{.api-source}}")
         fence = ":" * (8 if role == "class" else 6)
         body = "\n\n".join(part for part in parts if part)
         return "\n".join([f'<span id="{short.lower()}"></span>', "", f"{fence}{{py:{role}}} {head}", *options, "", body, fence])

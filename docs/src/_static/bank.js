@@ -109,7 +109,8 @@
   const controls = `
     <canvas class="bank-canvas" role="img" aria-label="Tokens in the plane, coloured by the prototypes they are assigned to"></canvas>
     <div class="bank-panel">
-      <label class="bank-label">Reduced temperature <span class="bank-formula">τ = T / T<sub>c</sub></span> <output class="bank-tau"></output>
+      <label class="bank-label"><span>Reduced temperature <span class="bank-formula">τ = T / T<sub>c</sub></span></span>
+        <output class="bank-tau"></output>
         <input class="bank-slider" type="range" min="0" max="1" step="0.001"></label>
       <p class="bank-verdict" aria-live="polite"></p>
       <div class="bank-bar" aria-hidden="true"><span class="bank-recon"></span><span class="bank-variance"></span></div>
