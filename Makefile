@@ -24,8 +24,8 @@ reproduce: $(READY) ## Run every experiment on data that needs no download; writ
 
 test: $(READY) ## Run all checks: notebooks, pytest, notebooks and README in step with the package
 	$(BIN)/python docs/check.py
-	$(BIN)/nbdev-test --n_workers 1
-	$(BIN)/python -m pytest
+	$(BIN)/nbdev-test --n-workers 1
+	$(BIN)/python -m pytest -rs
 
 site: $(READY) ## Build the documentation site into _docs/
 	sh docs/vendor.sh

@@ -1,0 +1,141 @@
+"The site as a reader meets it: built from the notebooks, served from a local address, opened in a browser."
+import functools, http.server, shutil, subprocess, sys, threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+READY = "async () => { if (window.MathJax?.startup) await MathJax.startup.promise; await Promise.all([...document.images].map(i => i.decode().catch(() => 0))) }"
+FAULTS = """() => ({
+    'formulas not rendered': [...document.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container')).length,
+    'formulas with errors': document.querySelectorAll('mjx-merror, [data-mjx-error]').length,
+    'pictures not shown': [...document.images].filter(i => !i.naturalWidth).map(i => i.src),
+    'pixels too wide': Math.max(0, document.documentElement.scrollWidth - innerWidth),
+})"""
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    if not shutil.which("npm"): pytest.skip("the site needs npm for its mathematics, and npm was not found")
+    target = tmp_path_factory.mktemp("site") / "html"
+    for command in (["sh", "docs/vendor.sh"], [sys.executable, "docs/build.py", "--output", str(target)]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope="module")
+def address(site):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM: pytest.skip("browser checks need chromium, which was not found")
+    api = pytest.importorskip("playwright.sync_api", reason="browser checks need playwright, which is not installed")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+@pytest.fixture
+def tab(browser, address):
+    "A tab that fails the test when a page complains, misses a file, or asks another machine for anything."
+    context = browser.new_context(viewport=DESK)
+    tab, complaints = context.new_page(), []
+    def at_home(route):
+        if route.request.url.startswith((address, "data:", "blob:")): return route.continue_()
+        complaints.append(f"asked for {route.request.url}")
+        route.abort()
+    context.route("**/*", at_home)
+    tab.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("response", lambda response: response.status >= 400 and complaints.append(f"{response.status} {response.url}"))
+    yield tab
+    context.close()
+    assert not complaints
+
+class Page(HTMLParser):
+    "The addresses a page links to, and the anchors it has."
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.anchors = set(), set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
+        self.links |= {attributes[key] for key in ("href", "src") if attributes.get(key)}
+
+def is_internal(link):
+    return not link.startswith(("http:", "https:", "mailto:", "data:", "javascript:", "//"))
+
+def dead_links(folder):
+    pages = {path.resolve(): Page(path) for path in folder.rglob("*.html") if "_static" not in path.parts}
+    for path, page in pages.items():
+        for link in filter(is_internal, page.links):
+            address, anchor = urldefrag(unquote(link).split("?")[0])
+            target = (path.parent / address).resolve() if address else path
+            missing_anchor = anchor and target in pages and anchor not in pages[target].anchors
+            if not target.exists() or missing_anchor: yield f"{path.relative_to(folder.resolve())}: {link}"
+
+def content_pages(site):
+    names = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html") if "_static" not in path.parts)
+    return [name for name in names if name not in ("search.html", "genindex.html")]
+
+def test_no_link_is_dead(site):
+    assert not list(dead_links(site))
+
+def test_every_page_is_whole_and_fits_a_phone(site, address, tab):
+    tab.set_viewport_size(PHONE)
+    faults = {}
+    for name in content_pages(site):
+        tab.goto(address + name)
+        tab.evaluate(READY)
+        found = {fault: value for fault, value in tab.evaluate(FAULTS).items() if value}
+        if found: faults[name] = found
+    assert not faults
+
+def test_pages_have_formulas_and_figures(site, address, tab):
+    for section, wanted in (("library", "mjx-container"), ("library", "article img"), ("experiments", "article img"), ("theory", "mjx-container")):
+        if not (site / section).exists(): continue
+        pages = [name for name in content_pages(site) if name.startswith(section) and ("math" if "mjx" in wanted else "<img") in (site / name).read_text()]
+        assert pages, f"no page of {section} has {wanted}"
+        tab.goto(address + pages[0])
+        tab.evaluate(READY)
+        assert tab.locator(wanted).count()
+
+def test_search_finds_a_public_name(address, tab):
+    tab.goto(address)
+    tab.wait_for_load_state("load")
+    tab.locator("button.search-button__button:visible").first.click()
+    tab.locator("dialog input[type=search]").fill("ddcl")
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**/search.html*")
+    tab.wait_for_selector("ul.search li a")
+    assert any("ddcl_nb.assign.ddcl" in link for link in tab.locator("ul.search li a").all_inner_texts())
+
+def test_dark_and_light(address, tab):
+    def brightness(scheme):
+        tab.emulate_media(color_scheme=scheme)
+        tab.goto(address)
+        return tab.evaluate("() => Math.max(...getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3))")
+    assert brightness("dark") < 80 < 200 < brightness("light")
+
+def test_the_bank_merges_when_hot_and_splits_when_cold(address, tab):
+    tab.emulate_media(reduced_motion="reduce")
+    tab.goto(address)
+    verdict, slider = tab.locator(".bank-verdict"), tab.locator(".bank-slider")
+    slider.fill("1")
+    tab.wait_for_function("document.querySelector('.bank-verdict').textContent.startsWith('Above')")
+    slider.fill("0.3")
+    tab.wait_for_function("/ [2-8] distinct/.test(document.querySelector('.bank-verdict').textContent)", timeout=30_000)
+    assert "out of 8" in verdict.inner_text()
