@@ -6,6 +6,7 @@
 """
 import argparse, ast, os, re, shutil, subprocess, sys
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,11 @@ class Page:
     def section(self): return self.name.rpartition("/")[0]
 
     @property
+    def code(self): return "\n".join(cell.source for cell in self.cells if cell.cell_type == "code")
+
+    def calls(self, name): return re.search(rf"(?<![\w.]){name}\(", self.code) is not None
+
+    @property
     def source(self): return self.path.relative_to(ROOT).as_posix()
 
 def fail(message):
@@ -64,9 +70,14 @@ def read_page(path):
     Notebook()(notebook)
     front = getattr(notebook, "frontmatter_", {})
     if "title" not in front: fail(f"{path.relative_to(ROOT)} has no `# Title` in its first cell")
-    cells = [cell for cell in notebook.cells if cell.cell_type != "raw"]
+    cells = entries_in_order([cell for cell in notebook.cells if cell.cell_type != "raw"])
     name = nbpath2html(path.relative_to(NOTEBOOKS)).with_suffix("").as_posix()
     return Page(path, name, str(front["title"]), str(front.get("description") or ""), cells)
+
+def entries_in_order(cells):
+    "nbdev puts the entries of a cell after it, last name first; readers want them in the order of the code."
+    def added(cell): return bool(cell.get("has_sd"))
+    return [cell for is_entry, run in groupby(cells, added) for cell in (reversed(list(run)) if is_entry else run)]
 
 def is_visible(path):
     return not any(part[0] in "._" for part in path.relative_to(NOTEBOOKS).parts)
@@ -148,6 +159,10 @@ def output(raw):
     if fields["output_type"] == "execute_result": fields["execution_count"] = None
     return nbformat.from_dict(fields)
 
+def is_meant(span, full, page, names):
+    "A plain word such as `bank` may be a variable: it is a link on its own page, and on pages whose code calls it."
+    return not re.fullmatch("[a-z]+", span) or names.page(full) == page.name or page.calls(span)
+
 class Site:
     "Stages the pages as MyST notebooks and has Sphinx make HTML of them."
     def __init__(self):
@@ -162,8 +177,8 @@ class Site:
 
     def reference(self, span, page):
         "A typed reference for a code span that names something documented."
-        full = self.names.find(span, page)
-        return f"{{py:obj}}`{span} <{full}>`" if full in self.documented else None
+        full = self.names.find(span, page.name)
+        return f"{{py:obj}}`{span} <{full}>`" if full in self.documented and is_meant(span, full, page, self.names) else None
 
     def translate(self, text, page):
         return to_myst(text, lambda span: self.reference(span, page))
@@ -184,7 +199,7 @@ class Site:
         return self.code_cell(code, {"code-fold": "true", "code-summary": source_label(code)}, [])
 
     def staged(self, cell, page):
-        if cell.cell_type == "markdown": yield markdown_cell(self.translate(cell.source, page.name))
+        if cell.cell_type == "markdown": yield markdown_cell(self.translate(cell.source, page))
         elif shown_name(cell): yield markdown_cell(self.entry(shown_name(cell), page))
         elif visible_code(cell) and not is_hidden(cell) and not is_exported(cell):
             yield self.code_cell(visible_code(cell), directives(cell), cell.outputs)
@@ -192,19 +207,19 @@ class Site:
     def entry(self, short, page):
         full = self.names.resolve(short, page.name)
         if not full: fail(f"{page.source} documents `{short}`, which the package lacks: run `make export`")
-        return self.entries.entry(full, skip=self.shown)
+        return self.entries.entry(full, page, skip=self.shown)
 
     def code_cell(self, code, options, outputs):
         return nbformat.v4.new_code_cell(code, metadata=code_settings(options), outputs=[output(raw) for raw in outputs])
 
     def stage(self, page):
         lead = f"\n\n{{.lead}}\n{page.summary}" if page.summary else ""
-        title = markdown_cell(self.translate(f"# {page.title}{lead}", page.name))
+        title = markdown_cell(self.translate(f"# {page.title}{lead}", page))
         write_notebook([title, *self.cells(page)], STAGING / f"{page.name}.ipynb")
 
     def stage_home(self, page):
         "The first page: its title, the moving picture, a card per section, then the notebook."
-        lead = self.translate(f"# {page.title}\n\n{{.lead}}\n{page.summary}", page.name)
+        lead = self.translate(f"# {page.title}\n\n{{.lead}}\n{page.summary}", page)
         hero = (ROOT / "docs/home.md").read_text(encoding="utf-8")
         cells = [markdown_cell(text) for text in (lead, hero, cards(sections(self.pages)))]
         write_notebook([*cells, *self.cells(page), markdown_cell(home_contents(sections(self.pages)))], STAGING / "index.ipynb")
@@ -216,7 +231,7 @@ class Site:
 
     def misspelled(self, page):
         prose = "\n\n".join(cell.source for cell in page.cells if cell.cell_type == "markdown")
-        local = set(re.findall(r"[A-Za-z_]\w*", "\n".join(cell.source for cell in page.cells if cell.cell_type == "code")))
+        local = set(re.findall(r"[A-Za-z_]\w*", page.code))
         spans = [span[1:-1] for span in code_spans(prose)[1::2] if not span.startswith("```")]
         return sorted({span for span in spans if self.names.misspelled(span, page.name, local)})
 
@@ -232,7 +247,7 @@ class Site:
     def write_section(self, section):
         title, summary = heading(section)
         inside = [page for page in self.pages if page.section == section]
-        lines = [f"1. [{page.title}]({page.name.rpartition('/')[2]}.ipynb)\\\n   {self.translate(page.summary, page.name)}" for page in inside]
+        lines = [f"1. [{page.title}]({page.name.rpartition('/')[2]}.ipynb)\\\n   {self.translate(page.summary, page)}" for page in inside]
         toctree = contents([page.name.rpartition("/")[2] for page in inside])
         index = "\n\nEvery name the package exports is in the {ref}`index of names <genindex>`." if section == "library" else ""
         text = f"# {title}\n\n{{.lead}}\n{summary}\n\n{{.pages}}\n" + "\n".join(lines) + f"{index}\n\n{toctree}\n"
@@ -319,7 +334,7 @@ def readme():
     page, names = read_page(NOTEBOOKS / CONFIG.readme_nb), Names(CONFIG.lib_path.name)
     def link(span):
         full = names.find(span, page.name)
-        return f"[`{span}`]({SITE}{names.place[full]})" if full else None
+        return f"[`{span}`]({SITE}{names.place[full]})" if full and is_meant(span, full, page, names) else None
     def convert(text): return to_github(text, link, SITE, NOTEBOOKS.name)
     return "\n\n".join(part for part in readme_parts(page, convert) if part) + "\n"
 

@@ -70,7 +70,7 @@ class Entries:
         path = self.names.module[full].replace(".", "/") + ".py"
         return f"{self.repository}/blob/main/{path}#L{inspect.getsourcelines(found)[1]}"
 
-    def entry(self, full, skip=()):
+    def entry(self, full, page, skip=()):
         "The entry of one name, with its documented members except those in `skip`, which have entries of their own."
         found, short = self.names.object(full), self.names.short(full)
         role, code = kind(found, short), unwrapped(found)
@@ -78,9 +78,9 @@ class Entries:
         head = short + signature_text(code) if called else short
         options = [f":module: {self.names.module[full]}"]
         options += [f":{type(found).__name__}:"] * isinstance(found, (classmethod, staticmethod))
-        parts = [self.translate(docstring(found), self.names.page(full)), field_list(code) if called else ""]
+        parts = [self.translate(docstring(found), page), field_list(code) if called else ""]
         inside = [f"{full}.{name}" for name in members(found)]
-        parts += [self.entry(name) for name in inside if name in self.names.module and name not in skip]
+        parts += [self.entry(name, page) for name in inside if name in self.names.module and name not in skip]
         parts.append(f"[Source on GitHub]({self.address(code, full)}){{.api-source}}")
         fence = ":" * (8 if role == "class" else 6)
         body = "\n\n".join(part for part in parts if part)

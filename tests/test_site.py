@@ -10,7 +10,11 @@ ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
-READY = "async () => { if (window.MathJax?.startup) await MathJax.startup.promise; await Promise.all([...document.images].map(i => i.decode().catch(() => 0))) }"
+READY = """async () => {
+    const unset = () => [...document.querySelectorAll('.math')].some(e => !e.querySelector('mjx-container'));
+    for (let tries = 0; tries < 200 && unset(); tries++) await new Promise(done => setTimeout(done, 50));
+    await Promise.all([...document.images].map(image => image.decode().catch(() => 0)));
+}"""
 FAULTS = """() => ({
     'formulas not rendered': [...document.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container')).length,
     'formulas with errors': document.querySelectorAll('mjx-merror, [data-mjx-error]').length,

@@ -40,7 +40,7 @@ html_favicon = "_static/logo.svg"
 html_copy_source = False
 html_show_sourcelink = False
 html_context = {"default_mode": "auto"}
-html_sidebars = {"index": [], "references": []}
+html_sidebars = {"**": ["sidebar-nav-bs"], "index": [], "references": []}
 html_theme_options = {
     "logo": {"text": project, "image_light": "_static/logo.svg", "image_dark": "_static/logo.svg", "alt_text": ""},
     "github_url": "https://github.com/ddcl-nb/ddcl_nb",
