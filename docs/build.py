@@ -4,29 +4,19 @@
     python docs/build.py --readme         README.md
     python docs/build.py --check-readme   fails when README.md is not what the notebooks say
 """
-import argparse, ast, os, re, shutil, subprocess, sys
-from dataclasses import dataclass
-from itertools import groupby
+import argparse, os, shutil, subprocess, sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.chdir(ROOT)
-
-import yaml
-from fastcore.nbio import read_nb
-from nbdev.config import get_config, nbpath2html
-from nbdev.processors import FilterDefaults, add_links, exec_show_docs, insert_warning, rm_export
 import nbformat
 
 from entries import Entries, members
 from names import Names
-from translate import code_spans, to_github, to_myst
+from pages import (CONFIG, NOTEBOOKS, PACKAGE, ROOT, defined_names, directives, fail, is_exported, is_hidden, is_meant, is_visible,
+                   read_pages, shown_name, source_label, unquoted, visible_code)
+from readme import readme_is_stale, write_readme
+from translate import code_spans, to_myst
 
-CONFIG = get_config()
-NOTEBOOKS = CONFIG.nbs_path
 STAGING = ROOT / "_site_src"
-SITE = CONFIG.doc_url.rstrip("/") + "/"
 SECTIONS = {
     "theory": ("Theory", "Each claim with its proof, a measurement and a verdict."),
     "library": ("Library", "One notebook per module: the idea, the code, the tests, the pictures."),
@@ -37,60 +27,6 @@ ICONS = {"theory": "superscript", "library": "cubes", "experiments": "flask", "g
 MATHJAX = ["mathjax/tex-chtml.js", "mathjax/input", "mathjax/a11y", "mathjax/ui", "mathjax/sre",
            "@mathjax/mathjax-newcm-font/chtml", "@mathjax/mathjax-newcm-font/chtml.js"]
 
-class Notebook(FilterDefaults):
-    "nbdev's processing of a notebook, except that nothing is run and exported code stays: the entries are made from the package."
-    def base_procs(self):
-        ours = {add_links, exec_show_docs, insert_warning, rm_export}
-        return [processor for processor in super().base_procs() if processor not in ours]
-
-@dataclass
-class Page:
-    path: Path
-    name: str
-    title: str
-    summary: str
-    cells: list
-
-    @property
-    def section(self): return self.name.rpartition("/")[0]
-
-    @property
-    def code(self): return "\n".join(cell.source for cell in self.cells if cell.cell_type == "code")
-
-    def calls(self, name): return re.search(rf"(?<![\w.]){name}\(", self.code) is not None
-
-    @property
-    def source(self): return self.path.relative_to(ROOT).as_posix()
-
-def fail(message):
-    raise SystemExit(f"docs/build.py: {message}")
-
-def read_page(path):
-    notebook = read_nb(path)
-    Notebook()(notebook)
-    front = getattr(notebook, "frontmatter_", {})
-    if "title" not in front: fail(f"{path.relative_to(ROOT)} has no `# Title` in its first cell")
-    cells = entries_in_order([cell for cell in notebook.cells if cell.cell_type != "raw"])
-    name = nbpath2html(path.relative_to(NOTEBOOKS)).with_suffix("").as_posix()
-    return Page(path, name, str(front["title"]), str(front.get("description") or ""), cells)
-
-def entries_in_order(cells):
-    "nbdev puts the entries of a cell after it, last name first; readers want them in the order of the code."
-    def added(cell): return bool(cell.get("has_sd"))
-    return [cell for is_entry, run in groupby(cells, added) for cell in (reversed(list(run)) if is_entry else run)]
-
-def is_visible(path):
-    return not any(part[0] in "._" for part in path.relative_to(NOTEBOOKS).parts)
-
-def read_pages():
-    "All pages, in the order of their files; page names drop the numbers, so two files may claim the same one."
-    pages = {}
-    for path in sorted(path for path in NOTEBOOKS.rglob("*.ipynb") if is_visible(path)):
-        page = read_page(path)
-        if page.name in pages: fail(f"{page.source} and {pages[page.name].source} would be the same page: rename one of them")
-        pages[page.name] = page
-    return list(pages.values())
-
 def sections(pages):
     "The folders that have notebooks: those of SECTIONS first, in that order."
     found = sorted({page.section for page in pages} - {""})
@@ -99,20 +35,6 @@ def sections(pages):
 def heading(section):
     return SECTIONS.get(section, (section.replace("/", " · ").capitalize(), ""))
 
-def directives(cell):
-    return getattr(cell, "directives_", {})
-
-def unquoted(text):
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
-
-def visible_code(cell):
-    return re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
-
-def shown_name(cell):
-    "The name in a `show_doc(name)` cell."
-    match = re.match(r"show_doc\(([\w.]+)", visible_code(cell)) if cell.cell_type == "code" else None
-    return match[1] if match else None
-
 def shown_names(pages, names):
     "Everything that has an entry of its own, as full names."
     shown = {names.resolve(short, page.name) for page in pages for short in map(shown_name, page.cells) if short}
@@ -120,22 +42,6 @@ def shown_names(pages, names):
 
 def markdown_cell(text):
     return nbformat.v4.new_markdown_cell(text)
-
-def is_exported(cell):
-    return bool({"export", "exporti"} & directives(cell).keys())
-
-def is_hidden(cell):
-    return bool({"hide", "default_exp"} & directives(cell).keys()) or directives(cell).get("include") == "false"
-
-def defined_names(code):
-    "What a cell defines: functions, classes, constants; imports do not count."
-    for node in ast.parse(code).body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): yield node.name
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)): yield ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-
-def source_label(code, most=4):
-    names = list(defined_names(code))
-    return "Source: " + ", ".join(names[:most]) + ", …" * (len(names) > most)
 
 def code_settings(options):
     "MyST-NB's tags and metadata for Quarto's cell options."
@@ -159,14 +65,10 @@ def output(raw):
     if fields["output_type"] == "execute_result": fields["execution_count"] = None
     return nbformat.from_dict(fields)
 
-def is_meant(span, full, page, names):
-    "A plain word such as `bank` may be a variable: it is a link on its own page, and on pages whose code calls it."
-    return not re.fullmatch("[a-z]+", span) or names.page(full) == page.name or page.calls(span)
-
 class Site:
     "Stages the pages as MyST notebooks and has Sphinx make HTML of them."
     def __init__(self):
-        self.names = Names(CONFIG.lib_path.name)
+        self.names = Names(PACKAGE.name)
         self.pages = read_pages()
         self.shown = shown_names(self.pages, self.names)
         self.entries = Entries(self.names, self.translate, CONFIG.git_url)
@@ -231,9 +133,8 @@ class Site:
 
     def misspelled(self, page):
         prose = "\n\n".join(cell.source for cell in page.cells if cell.cell_type == "markdown")
-        local = set(re.findall(r"[A-Za-z_]\w*", page.code))
         spans = [span[1:-1] for span in code_spans(prose)[1::2] if not span.startswith("```")]
-        return sorted({span for span in spans if self.names.misspelled(span, page.name, local)})
+        return sorted({span for span in spans if self.names.misspelled(span, page.name, page.words)})
 
     def stage_all(self):
         shutil.rmtree(STAGING, ignore_errors=True)
@@ -293,7 +194,7 @@ def copy_file(source, target):
 def copy_pictures():
     "What the notebooks show from files."
     for path in NOTEBOOKS.rglob("*"):
-        if path.is_file() and path.suffix in (".png", ".svg", ".jpg", ".gif", ".html") and is_visible(path):
+        if path.is_file() and path.suffix in (".png", ".svg", ".jpg", ".gif") and is_visible(path):
             copy_file(path, STAGING / path.relative_to(NOTEBOOKS))
 
 def run_sphinx(target):
@@ -309,46 +210,13 @@ def build_site(target):
     if status == 0: print(f"{len(site.pages)} notebooks -> {target}/index.html")
     return status
 
-def text_of(parts):
-    return parts if isinstance(parts, str) else "".join(parts or "")
-
-def readme_output(raw):
-    "An output as markdown: markdown as it is, text in a fence, nothing for pictures (a README links to files)."
-    data = raw.get("data", {})
-    if "text/markdown" in data: return text_of(data["text/markdown"]).strip()
-    if any(kind.startswith("image/") for kind in data): return ""
-    text = text_of(raw.get("text") or data.get("text/plain")).rstrip()
-    return f"```text\n{text}\n```" if text else ""
-
-def readme_parts(page, convert):
-    yield "<!-- Made from nbs/index.ipynb: edit that and run `make export`. -->"
-    yield convert(f"# {page.title}\n\n> {page.summary}")
-    for cell in page.cells:
-        if cell.cell_type == "markdown": yield convert(cell.source)
-        elif not is_hidden(cell) and not is_exported(cell) and not shown_name(cell):
-            if visible_code(cell) and directives(cell).get("echo") != "false": yield f"```python\n{visible_code(cell)}\n```"
-            if directives(cell).get("output") != "false": yield from (convert(readme_output(raw)) for raw in cell.outputs)
-
-def readme():
-    "README.md from the first notebook."
-    page, names = read_page(NOTEBOOKS / CONFIG.readme_nb), Names(CONFIG.lib_path.name)
-    def link(span):
-        full = names.find(span, page.name)
-        return f"[`{span}`]({SITE}{names.place[full]})" if full and is_meant(span, full, page, names) else None
-    def convert(text): return to_github(text, link, SITE, NOTEBOOKS.name)
-    return "\n\n".join(part for part in readme_parts(page, convert) if part) + "\n"
-
-def readme_is_stale():
-    path = ROOT / "README.md"
-    return not path.exists() or path.read_text(encoding="utf-8") != readme()
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", help="write README.md")
     parser.add_argument("--check-readme", action="store_true", help="fail when README.md is stale")
     parser.add_argument("--output", default=CONFIG.doc_path, help="folder of the site")
     options = parser.parse_args()
-    if options.readme: (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    if options.readme: write_readme()
     elif options.check_readme:
         if readme_is_stale(): fail("README.md is not what nbs/index.ipynb says: run `make export`")
     else: raise SystemExit(build_site(options.output))

@@ -9,7 +9,7 @@ html_title = project
 
 extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton", "sphinx_design", "sphinxcontrib.bibtex"]
 exclude_patterns = [".doctrees"]
-myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist", "smartquotes"]
+myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist", "html_image", "smartquotes"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_merge_streams = True
