@@ -46,9 +46,10 @@ class Page:
     def source(self): return self.path.relative_to(ROOT).as_posix()
 
 def fail(message):
-    raise SystemExit(f"docs/build.py: {message}")
+    raise SystemExit(f"docs: {message}")
 
 def read_page(path):
+    if not path.exists(): fail(f"{path.relative_to(ROOT)} is missing")
     notebook = read_nb(path)
     Notebook()(notebook)
     front = getattr(notebook, "frontmatter_", {})
