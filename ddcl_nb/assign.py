@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['ELEMENTS_PER_CHUNK', 'THROUGH', 'BACKENDS', 'assignments', 'check_inputs', 'Decomposition', 'decompose', 'Gradients',
-           'Saved', 'DDCLOutput', 'ddcl']
+__all__ = ['ELEMENTS_PER_CHUNK', 'THROUGH', 'BACKENDS', 'assignments', 'NonFiniteInput', 'check_inputs', 'Decomposition',
+           'decompose', 'DDCLOutput', 'ddcl']
 
 # %% ../nbs/library/00_assign.ipynb #bc273c4e
 def assignments(tokens: Tensor,  # `(..., N, m)`, or `(..., H, N, m)` for a bank of `H` heads
@@ -72,7 +72,11 @@ def _restore(x: Tensor, tokens: Tensor, prototypes: Tensor, mask: Tensor | None,
     keep = _head_mask(mask, prototypes)
     return x.masked_fill(~keep.reshape(*keep.shape, *[1] * len(inner)), fill)
 
-# %% ../nbs/library/00_assign.ipynb #3bf14825
+# %% ../nbs/library/00_assign.ipynb #9e6709c6
+class NonFiniteInput(ValueError):
+    "Tokens or prototypes hold NaN or infinite values."
+
+
 def check_inputs(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor, mask: Tensor | None = None) -> None:
     "Raise a `TypeError` or `ValueError` that names the argument and its value."
     for name, x in (("tokens", tokens), ("prototypes", prototypes)):
@@ -114,7 +118,7 @@ def _check_values(tokens, prototypes, temperature, mask):
     if not (low > 0 and math.isfinite(high)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if not prototypes.isfinite().all():
-        raise ValueError(f"prototypes hold {int((~prototypes.isfinite()).sum())} NaN or infinite values")
+        raise NonFiniteInput(f"prototypes hold {int((~prototypes.isfinite()).sum())} NaN or infinite values")
     if tokens.detach().sum(dtype=torch.float32).isfinite():
         return
     bad = ~tokens.isfinite()
@@ -122,7 +126,7 @@ def _check_values(tokens, prototypes, temperature, mask):
         bad &= _head_mask(mask, prototypes)[..., None]
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"tokens hold {int(bad.sum())} NaN or infinite values, the first at {first}")
+        raise NonFiniteInput(f"tokens hold {int(bad.sum())} NaN or infinite values, the first at {first}")
 
 # %% ../nbs/library/00_assign.ipynb #d008fd42
 class Decomposition(NamedTuple):
@@ -245,7 +249,7 @@ def _fused_forward(z, bank, T, chunks):
         out.append((nearest + shift + origin, squared + excess, recon, variance, entropy, squared - T * log_z, index, top + log_z))
     return [torch.cat(parts) for parts in zip(*out)]
 
-# %% ../nbs/library/00_assign.ipynb #321fb36e
+# %% ../nbs/library/00_assign.ipynb #d2ff24fe
 def _held_fixed(x, centroid, g):
     "What tokens ask of the bank with q fixed: vectors (N, m) to be summed by q, scalars (N,) that multiply p_k, and dz."
     anchor, pull = x - centroid, g.recon + g.loss
@@ -272,7 +276,7 @@ def _fused_backward(z, bank, T, saved, g, through, chunks):
     dz = torch.empty_like(z)
     by_q, by_t = torch.zeros_like(table[:, 1:]), torch.zeros_like(table[:, 1:])
     for rows in chunks:
-        x, centroid, part = z[rows] - origin, saved.centroids[rows] - origin, Gradients(*(v[rows] for v in g))
+        x, centroid, part = z[rows] - origin, saved.centroids[rows] - origin, _Gradients(*(v[rows] for v in g))
         ones = torch.ones_like(x[:, :1])
         q = (torch.cat([x, ones, -saved.lse[rows, None]], -1) @ to_logits.mT).exp_()
         vector, scalar, dz[rows] = _held_fixed(x, centroid, part)
@@ -290,8 +294,8 @@ def _fused_backward(z, bank, T, saved, g, through, chunks):
     dT = ((norms * column).sum() - 2 * (bank * pulled).sum()) / T**2 - (g.free_energy * saved.entropy).sum()
     return dz, dbank, dT
 
-# %% ../nbs/library/00_assign.ipynb #bcd1e814
-class Gradients(NamedTuple):
+# %% ../nbs/library/00_assign.ipynb #ac3c217e
+class _Gradients(NamedTuple):
     "Incoming gradients, one per differentiable output."
     centroids: Tensor
     loss: Tensor
@@ -301,7 +305,7 @@ class Gradients(NamedTuple):
     free_energy: Tensor
 
 
-class Saved(NamedTuple):
+class _Saved(NamedTuple):
     "What the backward pass keeps: O(N m) numbers."
     centroids: Tensor
     variance: Tensor
@@ -330,7 +334,7 @@ class _Fused(torch.autograd.Function):
             if torch.is_grad_enabled():
                 return *_differentiable_backward(z, bank, T, ctx.through, gradients[:-1]), None
             chunks = list(_chunks(z.shape[1], *bank.shape[1:], z.device))
-            per_head = [_fused_backward(z[h], bank[h], T[h], Saved(*(s[h] for s in saved)), Gradients(*(g[h] for g in gradients[:-1])),
+            per_head = [_fused_backward(z[h], bank[h], T[h], _Saved(*(s[h] for s in saved)), _Gradients(*(g[h] for g in gradients[:-1])),
                                         ctx.through, chunks) for h in range(len(z))]
         return *(torch.stack(parts) for parts in zip(*per_head)), None
 
