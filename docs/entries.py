@@ -84,4 +84,6 @@ class Entries:
         parts.append(f"[Source on GitHub]({self.address(code, full)}){{.api-source}}")
         fence = ":" * (8 if role == "class" else 6)
         body = "\n\n".join(part for part in parts if part)
-        return "\n".join([f'<span id="{short.lower()}"></span>', "", f"{fence}{{py:{role}}} {head}", *options, "", body, fence])
+        anchor = self.names.anchor(full)
+        opening = [f'<span id="{anchor}"></span>', ""] if anchor else []
+        return "\n".join([*opening, f"{fence}{{py:{role}}} {head}", *options, "", body, fence])

@@ -22,6 +22,11 @@ class Names:
     def page(self, full):
         return self.place[full].partition(".html#")[0]
 
+    def anchor(self, full):
+        "The anchor that nbdev's links use; the first of two names that differ only in capitals has it."
+        owner = next(other for other, place in self.place.items() if place == self.place[full])
+        return self.place[full].partition("#")[2] if owner == full else ""
+
     def resolve(self, name, page):
         "The full name that `name` stands for on `page`, or None when there is none or it is ambiguous."
         if name in self.module: return name

@@ -107,7 +107,10 @@
   }
 
   const controls = `
-    <canvas class="bank-canvas" role="img" aria-label="Tokens in the plane, coloured by the prototypes they are assigned to"></canvas>
+    <div>
+      <canvas class="bank-canvas" role="img" aria-label="Tokens in the plane, coloured by the prototypes they are assigned to"></canvas>
+      <p class="bank-hint">Small: tokens. Large: prototypes. Drag the temperature, or a prototype.</p>
+    </div>
     <div class="bank-panel">
       <label class="bank-label"><span>Reduced temperature <span class="bank-formula">τ = T / T<sub>c</sub></span></span>
         <output class="bank-tau"></output>
@@ -262,8 +265,8 @@
 
     verdict(count) {
       if (this.tau >= 1) return "Above the critical temperature: every prototype falls to the mean.";
-      if (count === 1) return "Just below it: the mean is now a saddle, and the bank begins to split.";
-      return `Below it: ${count} distinct prototypes out of ${this.count}.`;
+      if (count === 1) return "Just below the critical temperature: the mean is a saddle, and the bank begins to split.";
+      return `Below the critical temperature: ${count} distinct prototypes out of ${this.count}.`;
     }
   }
 
