@@ -1,7 +1,8 @@
 "The package's names: where each is documented, and which names in the prose do not exist."
-import builtins, importlib, inspect, math, re
+import ast, builtins, importlib, inspect, math, re
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 NAME = re.compile(r"([A-Za-z_][\w.]*)(\(.*\))?")
 
@@ -15,6 +16,7 @@ class Names:
         self.by_short = {}
         for full in self.module:
             self.by_short.setdefault(self.short(full), []).append(full)
+        self.parameters = set().union(*(parameters(importlib.import_module(name).__file__) for name in index))
 
     def short(self, full):
         return full.removeprefix(self.module[full] + ".")
@@ -60,6 +62,10 @@ class Names:
         "Whether an object has an attribute, or its class ever names one (attributes set in `__init__`)."
         found = self.object(full)
         return hasattr(found, attribute) or re.search(rf"\b{attribute}\b", inspect.getsource(found)) is not None
+
+def parameters(path):
+    "Names of all arguments in a file."
+    return {node.arg for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))) if isinstance(node, ast.arg)}
 
 def exists(dotted):
     "Whether a dotted name is a module, or something in one."

@@ -106,5 +106,5 @@ def source_label(code, most=4):
     return "Source: " + ", ".join(names[:most]) + ", …" * (len(names) > most)
 
 def is_meant(span, full, page, names):
-    "A plain word such as `bank` may be a variable: it is a link on its own page, and on pages whose code calls it."
-    return not re.fullmatch("[a-z]+", span) or names.page(full) == page.name or page.calls(span)
+    "A word such as `bank` that is also an argument's name is a link only on its own page, and on pages whose code calls it."
+    return span not in names.parameters or names.page(full) == page.name or page.calls(span)

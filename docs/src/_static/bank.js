@@ -189,7 +189,7 @@
 
     scale() {
       const { clientWidth: width, clientHeight: height } = this.canvas;
-      return { width, height, unit: Math.min(width / 2.5, height / 2) };
+      return { width, height, unit: Math.min(width / 2.15, height / 1.75) };
     }
 
     place([x, y]) {
