@@ -7,15 +7,15 @@ Docs: https://ddcl-nb.github.io/ddcl_nb/library/data.html.md"""
 # %% auto #0
 __all__ = ['DATASETS', 'EARTH_MU', 'EARTH_RADIUS', 'REGIMES', 'NOISE_WIDTHS', 'CROSS_SECTIONS', 'ORBIT_FEATURES', 'GEO_ALTITUDE',
            'CORPUS_PACKAGES', 'DataSet', 'take', 'sample', 'class_sizes', 'DataNotFound', 'DataUnreadable',
-           'DownloadFailed', 'cache_folder', 'data_folders', 'locate', 'found_in', 'atomic', 'fetch', 'hub_url',
-           'reading', 'read_bytes', 'fetched', 'read_lines', 'read_parquet', 'write_gzip', 'write_parquet', 'Entry',
-           'register', 'obtain', 'one_of', 'period_minutes', 'true_orbits', 'measured_orbits', 'synthetic_orbits',
-           'regimes', 'load_space_catalogue', 'load_digits', 'docstrings', 'docstring_corpus', 'strip_newsgroup_post',
+           'DownloadFailed', 'cache_folder', 'data_folders', 'locate', 'found_in', 'fetch', 'hub_url', 'reading',
+           'read_bytes', 'fetched', 'read_lines', 'read_parquet', 'write_gzip', 'write_parquet', 'Entry', 'register',
+           'obtain', 'one_of', 'period_minutes', 'true_orbits', 'measured_orbits', 'synthetic_orbits', 'regimes',
+           'load_space_catalogue', 'load_digits', 'docstrings', 'docstring_corpus', 'strip_newsgroup_post',
            'load_20newsgroups', 'load_sst2', 'load_imdb', 'load_mnist', 'load_cifar10', 'load_splice', 'load_ecg5000',
            'load_modelnet10', 'load_wikitext2', 'load_tinyshakespeare', 'load_aeslc', 'load_scitldr', 'whereabouts',
            'list_data', 'download_data']
 
-# %% ../nbs/library/08_data.ipynb #b76f6d4b
+# %% ../nbs/library/08_data.ipynb #76f855cd
 import ast
 import gzip
 import hashlib
@@ -37,7 +37,6 @@ from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -45,6 +44,7 @@ import numpy as np
 
 import ddcl_nb
 from .extras import require
+from .storage import atomic
 
 # %% ../nbs/library/08_data.ipynb #aa7bd215
 @dataclass
@@ -146,20 +146,6 @@ def found_in(path: Path) -> str:
     "In words, the data folder in which `path` lies."
     return next((words for words, folder in data_folders() if path.is_relative_to(folder)), "a folder of yours")
 
-# %% ../nbs/library/08_data.ipynb #a84e2e27
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    "Yield a temporary path beside `path` to write to; on success it takes the place of `path`, on any error it is removed."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 # %% ../nbs/library/08_data.ipynb #82259fa0
 def fetch(url: str, path: Path, md5: str | None = None) -> Path:
     "Download `url` to `path`, whole or not at all. Errors: DownloadFailed, in one line, when the server, the length or the `md5` disagrees."
@@ -187,7 +173,7 @@ def hub_url(repository: str, file: str) -> str:
         raise DownloadFailed(f"{repository}: not downloaded from the hub, because HF_HUB_OFFLINE is set")
     return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/datasets/{repository}/resolve/main/{file}"
 
-# %% ../nbs/library/08_data.ipynb #94bf5aff
+# %% ../nbs/library/08_data.ipynb #33dbb3d7
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     "Turn whatever a damaged file makes its reader raise into DataUnreadable, which names the file."
@@ -195,15 +181,18 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (DataNotFound, DataUnreadable, ImportError, MemoryError):
         raise
-    except (EOFError, OSError, ValueError, LookupError, TypeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (EOFError, OSError, ValueError, LookupError, TypeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, pickle.UnpicklingError) as error:
+        reason = (str(error).replace(str(path), path.name).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataUnreadable(f"{path.name} cannot be read ({reason}); delete it and get it again") from None
 
 def read_bytes(path: Path) -> bytes:
-    "The contents of a file, unpacked when its name ends in .gz or .xz."
+    "The contents of a file, unpacked when its name ends in .gz or .xz. Errors: ValueError when there are none."
     opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opened(path, "rb") as file:
-        return file.read()
+        contents = file.read()
+    if not contents:
+        raise ValueError("it is empty")
+    return contents
 @contextmanager
 def fetched(url: str, md5: str | None = None) -> Iterator[Path]:
     "`url` as a temporary file for the time of a block, for what is rewritten before it is kept; what its reader raises names the file."
@@ -212,14 +201,15 @@ def fetched(url: str, md5: str | None = None) -> Iterator[Path]:
         with reading(path):
             yield path
 
-# %% ../nbs/library/08_data.ipynb #a0ffe16c
+# %% ../nbs/library/08_data.ipynb #d4ca31ea
 def read_lines(path: Path) -> list[str]:
     "The lines of a UTF-8 text file, plain or compressed, without their ends."
     return read_bytes(path).decode("utf-8").rstrip("\n").split("\n")
 
 def read_parquet(path: Path, *columns: str) -> dict[str, list]:
     "Columns of a Parquet file (all of them by default) as lists. Needs the extra `data`."
-    return require("pyarrow.parquet", "data").read_table(path, columns=list(columns) or None).to_pydict()
+    parquet, pyarrow = require("pyarrow.parquet", "data"), require("pyarrow", "data")
+    return parquet.read_table(pyarrow.BufferReader(path.read_bytes()), columns=list(columns) or None).to_pydict()
 
 def write_gzip(path: Path, text: str) -> None:
     "Write text to a .gz file, whole or not at all; the same text gives the same bytes."
