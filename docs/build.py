@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 
-from entries import Entries, members
+from entries import Entries, docstring, members
 from names import Names
 from pages import (CONFIG, NOTEBOOKS, PACKAGE, ROOT, defined_names, directives, fail, is_exported, is_hidden, is_meant, is_visible,
                    read_pages, shown_name, source_label, unquoted, visible_code)
@@ -36,9 +36,9 @@ def heading(section):
     return SECTIONS.get(section, (section.replace("/", " · ").capitalize(), ""))
 
 def shown_names(pages, names):
-    "Everything that has an entry of its own, as full names."
+    "Everything that has an entry of its own, as full names: what has a docstring; of the rest the source is shown."
     shown = {names.resolve(short, page.name) for page in pages for short in map(shown_name, page.cells) if short}
-    return shown - {None}
+    return {full for full in shown - {None} if docstring(names.object(full))}
 
 def markdown_cell(text):
     return nbformat.v4.new_markdown_cell(text)
@@ -102,14 +102,14 @@ class Site:
 
     def staged(self, cell, page):
         if cell.cell_type == "markdown": yield markdown_cell(self.translate(cell.source, page))
-        elif shown_name(cell): yield markdown_cell(self.entry(shown_name(cell), page))
+        elif shown_name(cell): yield from self.entry(shown_name(cell), page)
         elif visible_code(cell) and not is_hidden(cell) and not is_exported(cell):
             yield self.code_cell(visible_code(cell), directives(cell), cell.outputs)
 
     def entry(self, short, page):
         full = self.names.resolve(short, page.name)
         if not full: fail(f"{page.source} documents `{short}`, which the package lacks: run `make export`")
-        return self.entries.entry(full, page, skip=self.shown)
+        if full in self.shown: yield markdown_cell(self.entries.entry(full, page, skip=self.shown))
 
     def code_cell(self, code, options, outputs):
         return nbformat.v4.new_code_cell(code, metadata=code_settings(options), outputs=[output(raw) for raw in outputs])

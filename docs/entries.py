@@ -14,6 +14,7 @@ def plain_annotation(value):
 
 def plain_default(value):
     "Names for functions and classes; no address in memory, which would differ from build to build."
+    if getattr(value, "__name__", "") == "<lambda>": return Verbatim("...")
     if hasattr(value, "__name__"): return Verbatim(value.__name__)
     return Verbatim(f"{type(value).__name__}()") if " at 0x" in repr(value) else value
 

@@ -21,11 +21,12 @@ def outside_code(change, text):
     return "".join(piece if i % 2 else change(piece) for i, piece in enumerate(code_spans(text)))
 
 def link_spans(text, link):
-    "Replace each code span `x` by `link(x)` where that says something, but not inside the text of a link."
+    "Replace each code span `x` by `link(x)` where that says something, but not in headings or inside the text of a link."
     pieces = code_spans(text)
     for i in range(1, len(pieces), 2):
-        in_link = pieces[i - 1].rfind("[") > pieces[i - 1].rfind("]")
-        if not pieces[i].startswith("```") and not in_link:
+        line = "".join(pieces[:i]).rpartition("\n")[2]
+        in_link = line.rfind("[") > line.rfind("]")
+        if not pieces[i].startswith("```") and not in_link and not line.startswith("#"):
             pieces[i] = link(pieces[i][1:-1]) or pieces[i]
     return "".join(pieces)
 
