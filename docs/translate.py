@@ -7,11 +7,12 @@ LABEL = re.compile(r"\$\$\s*\{#(eq-[\w-]+)\}")
 HEADING = re.compile(r"^(#+ .*?) *\{#(sec-[\w-]+)\} *$", re.M)
 FIGURE = re.compile(r"^!\[(.*?)\]\((\S+?)\)\{#(fig-[\w-]+)(.*?)\} *$", re.M)
 REFERENCE = re.compile(r"(?<![\w\[{/])@(eq|fig|sec)-([\w-]+)")
-CITATIONS = re.compile(r"\[(@[a-z][\w-]*(?:; *@[a-z][\w-]*)*)(?:, ([^\]@]+))?\](?!\()")
+CITATIONS = re.compile(r"\[(@[a-z]+\d{4}[\w-]*(?:; *@[a-z]+\d{4}[\w-]*)*)(?:, ([^\]@]+))?\](?!\()")
 CITATION = re.compile(r"(?<![\w\[/.;@])@([a-z]+\d{4}[\w-]*)")
 NOTEBOOK = re.compile(r"(\]\()(?!\w+:)([^()#\s]*\.ipynb)")
 PICTURE = re.compile(r"(!\[[^\]]*\]\(|<img[^>]*? src=\")(?!\w+:|/)([^\s\")]+)")
 ROLES = {"eq": "eq", "fig": "numref", "sec": "ref"}
+WORDS = {"eq": "the equation", "fig": "the figure", "sec": "the section"}
 
 def code_spans(text):
     "Pieces of `text`: prose at even places, code spans and fences at odd ones."
@@ -40,20 +41,26 @@ def attribute(attributes, name):
     found = re.search(rf'{name}="(.*?)"', attributes)
     return found[1] if found else None
 
-def admonition(match):
-    "A Quarto callout as a MyST admonition; its title is an attribute or a heading on its first line."
+def callout_parts(match):
+    "Kind, title, body and attributes of a Quarto callout; its title is an attribute or a heading on its first line."
     _, kind, attributes, body = match.groups()
     title, heading = attribute(attributes, "title"), re.match(r"#+ +(.*)\n", body)
     if heading and not title: title, body = heading[1], body[heading.end():]
+    return kind, title, body.strip(), attributes
+
+def admonition(match):
+    "A Quarto callout as a MyST admonition."
+    kind, title, body, attributes = callout_parts(match)
     opening = f":::{{admonition}} {title}\n:class: {kind}\n" if title else f":::{{{kind}}}\n"
     folded = attribute(attributes, "collapse")
     if folded: opening += f":collapsible: {'closed' if folded == 'true' else 'open'}\n"
-    return f"{opening}\n{body.strip()}\n:::"
+    return f"{opening}\n{body}\n:::"
 
 def quote(match):
     "A Quarto callout as GitHub's alert."
-    body = match[4].strip()
-    return "\n".join([f"> [!{match[2].upper()}]"] + [f"> {line}".rstrip() for line in body.splitlines()])
+    kind, title, body, _ = callout_parts(match)
+    lines = [f"[!{kind.upper()}]", *([f"**{title}**", ""] if title else []), *body.splitlines()]
+    return "\n".join(f"> {line}".rstrip() for line in lines)
 
 def figure(match):
     caption, path, label, attributes = match.groups()
@@ -63,6 +70,11 @@ def figure(match):
 def cited(match):
     keys = re.sub(r"[@ ]", "", match[1]).replace(";", ",")
     return f"({{cite:alp}}`{keys}`, {match[2]})" if match[2] else f"{{cite:p}}`{keys}`"
+
+def author_year(key):
+    "`rose1990statistical` as a reader would say it."
+    name, year = re.match(r"@?([a-z]+)(\d{4})", key).groups()
+    return f"{name.capitalize()} {year}"
 
 def prose_to_myst(text):
     text = LABEL.sub(r"$$ (\1)", text)
@@ -83,8 +95,9 @@ def to_github(text, link, site, folder):
     "The same for a README beside the folder of notebooks: pages become addresses of the site, pictures paths."
     def prose(piece):
         piece = re.sub(r" *\{#(?:eq|sec|fig)-[^}]*\}", "", piece)
-        piece = CITATIONS.sub(lambda m: f"([{', '.join(re.findall(r'@([^;]+)', m[1]))}]({site}references.html))", piece)
-        piece = CITATION.sub(rf"[\1]({site}references.html)", piece)
+        piece = REFERENCE.sub(lambda m: WORDS[m[1]], piece)
+        piece = CITATIONS.sub(lambda m: f"([{'; '.join(map(author_year, re.findall('@[^;]+', m[1])))}]({site}references.html))", piece)
+        piece = CITATION.sub(lambda m: f"[{author_year(m[1])}]({site}references.html)", piece)
         piece = PICTURE.sub(lambda m: m[1] + posixpath.join(folder, m[2]), piece)
         return NOTEBOOK.sub(lambda m: f"{m[1]}{site}{page_name(m[2])}.html", piece)
     text = outside_code(prose, CALLOUT.sub(quote, text))
