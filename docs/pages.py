@@ -73,6 +73,7 @@ def read_pages():
         page = read_page(path)
         if page.name in pages: fail(f"{page.source} and {pages[page.name].source} would be the same page: rename one of them")
         pages[page.name] = page
+    if "index" not in pages: fail(f"{NOTEBOOKS.name}/{CONFIG.readme_nb} is missing: the site begins there")
     return list(pages.values())
 
 def directives(cell):
