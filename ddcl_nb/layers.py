@@ -17,7 +17,7 @@ from .assign import DDCLOutput, assignments
 from .bank import PrototypeBank, merge_heads, split_heads
 
 # %% auto #0
-__all__ = ['POOLS', 'LayerOutput', 'token_mean', 'Assigning', 'check_tokens', 'DDCLAttention', 'DDCLReadout',
+__all__ = ['POOLS', 'LayerOutput', 'token_mean', 'Assigning', 'without_padding', 'check_tokens', 'DDCLAttention', 'DDCLReadout',
            'PrototypeBottleneck', 'PrototypeFFN', 'PrototypeNorm', 'SerialDDCL', 'GatedDDCL']
 
 # %% ../nbs/library/03_layers.ipynb #c3abe97b
@@ -35,7 +35,7 @@ def token_mean(values: Tensor,  # `(..., N)`, or `(..., H, N)`; zero where maske
     count = mask.count_nonzero().clamp_min(1) if mask is not None else max(1, values.numel() // n_heads)
     return values.sum() / count
 
-# %% ../nbs/library/03_layers.ipynb #90133577
+# %% ../nbs/library/03_layers.ipynb #b2af7b42
 class Assigning(nn.Module):
     """`W_in` and a bank: tokens `(..., N, dim)` to assignments over `H` heads of width `proto_dim / H`.
 
@@ -55,7 +55,7 @@ class Assigning(nn.Module):
     def project(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         "`W_in` on the tokens, zero where masked: `(..., N, proto_dim)`."
         check_tokens(tokens, self.dim, self.bank.prototypes.dtype)
-        tokens = tokens if mask is None else tokens.masked_fill(~mask.bool()[..., None], 0)
+        tokens = without_padding(tokens, mask)
         return self.project_in(tokens if torch.is_autocast_enabled(tokens.device.type) else tokens.to(self.bank.prototypes.dtype))
 
     @torch.no_grad()
@@ -66,6 +66,15 @@ class Assigning(nn.Module):
 
     def loss(self, assignment: DDCLOutput, mask: Tensor | None) -> Tensor:
         return token_mean(assignment.loss, mask, self.n_heads)
+
+
+def without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    "Zeros where masked, so that nothing in the padding (NaN included) can reach a result or a gradient."
+    if mask is None:
+        return tokens
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != tuple(tokens.shape[:-1]):
+        raise ValueError(f"mask must have shape {tuple(tokens.shape[:-1])}, got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}")
+    return tokens.masked_fill(~mask.bool()[..., None], 0)
 
 
 def check_tokens(tokens: Tensor, dim: int, dtype: torch.dtype) -> None:
@@ -100,7 +109,7 @@ class DDCLAttention(Assigning):
         "`W_o` on the concatenated soft centroids: `(..., N, dim)`."
         return self.project_out(merge_heads(centroids, self.n_heads).to(self.project_out.weight.dtype))
 
-# %% ../nbs/library/03_layers.ipynb #560275c8
+# %% ../nbs/library/03_layers.ipynb #25c77697
 def _histogram(q: Tensor, z: Tensor, prototypes: Tensor, count: Tensor) -> Tensor:
     return (q.sum(-2) / count[..., None]).flatten(1)
 
@@ -110,7 +119,8 @@ def _centroid(q: Tensor, z: Tensor, prototypes: Tensor, count: Tensor) -> Tensor
 
 
 def _residual(q: Tensor, z: Tensor, prototypes: Tensor, count: Tensor) -> Tensor:
-    pulled = q.mT @ z - q.sum(-2)[..., None] * prototypes  # (B, H, K, m/H)
+    origin = prototypes.mean(-2, keepdim=True)
+    pulled = q.mT @ (z - origin) - q.sum(-2)[..., None] * (prototypes - origin)  # (B, H, K, m/H)
     return nn.functional.normalize(nn.functional.normalize(pulled, dim=-1).flatten(1), dim=-1)
 
 
@@ -148,7 +158,7 @@ class DDCLReadout(Assigning):
         q = assignments(heads, P, self.bank.temperature, mask=mask)
         if self.n_heads == 1:
             heads, q, P = heads[:, None], q[:, None], P[None]
-        count = torch.full_like(q[:, 0, 0, :1], z.shape[1]) if mask is None else mask.sum(-1, keepdim=True).to(q).clamp_min(1)
+        count = q.new_full((len(q), 1), max(1, z.shape[1])) if mask is None else mask.sum(-1, keepdim=True).to(q).clamp_min(1)
         return POOLS[self.pool](q, heads.to(q), P.to(q), count)
 
 # %% ../nbs/library/03_layers.ipynb #1602370b
@@ -179,24 +189,24 @@ class PrototypeFFN(PrototypeBottleneck):
 
     `proto_dim` is the hidden width; the transformer block adds the residual."""
 
-# %% ../nbs/library/03_layers.ipynb #d77ef7c5
+# %% ../nbs/library/03_layers.ipynb #0674f275
 class PrototypeNorm(Assigning):
     "`(x - zbar) / sqrt(L_OLS / dim + eps) * gain + bias`: normalisation around the soft centroid instead of the token's own mean."
 
-    def __init__(self, dim: int, n_prototypes: int, *, eps: float = 1e-5, **bank):
-        super().__init__(dim, n_prototypes, **bank)
+    def __init__(self, dim: int, n_prototypes: int, *, eps: float = 1e-5, grad: str = "full", **bank):
+        if wrong := {"n_heads", "proto_dim"} & bank.keys():
+            raise ValueError(f"PrototypeNorm works on the tokens as they are and takes no {' or '.join(sorted(wrong))}")
+        super().__init__(dim, n_prototypes, grad=grad, **bank)
         self.eps, self.gain, self.bias = eps, nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> LayerOutput:
         assignment = self.bank(self.project(tokens, mask), mask)
-        offset = tokens.to(assignment.centroids.dtype) - assignment.centroids
+        offset = without_padding(tokens, mask).to(assignment.centroids.dtype) - assignment.centroids
         scale = (assignment.recon / self.dim + self.eps).rsqrt()[..., None]
-        normed = (offset * scale * self.gain + self.bias).to(tokens.dtype)
-        if mask is not None:
-            normed = normed.masked_fill(~mask.bool()[..., None], 0)
+        normed = without_padding((offset * scale * self.gain + self.bias).to(tokens.dtype), mask)
         return LayerOutput(normed, self.loss(assignment, mask), assignment)
 
-# %% ../nbs/library/03_layers.ipynb #c684082d
+# %% ../nbs/library/03_layers.ipynb #ef3c2e44
 def _tensor(output) -> Tensor:
     "The hidden states of a block that returns a tensor, or a tuple that begins with it."
     return output if isinstance(output, Tensor) else output[0]
@@ -210,7 +220,7 @@ class SerialDDCL(nn.Module):
         self.block, self.ddcl = block, DDCLAttention(dim, n_prototypes, **layer)
 
     def forward(self, tokens: Tensor, *args, mask: Tensor | None = None, **kwargs) -> LayerOutput:
-        return self.ddcl(_tensor(self.block(tokens, *args, **kwargs)), mask)
+        return self.ddcl(_tensor(self.block(without_padding(tokens, mask), *args, **kwargs)), mask)
 
 
 class GatedDDCL(nn.Module):
@@ -224,5 +234,7 @@ class GatedDDCL(nn.Module):
         nn.init.constant_(self.gate.bias, 2.0)
 
     def forward(self, tokens: Tensor, *args, mask: Tensor | None = None, **kwargs) -> LayerOutput:
-        beside, gate = self.ddcl(tokens, mask), torch.sigmoid(self.gate(tokens))
-        return beside._replace(output=torch.lerp(beside.output, _tensor(self.block(tokens, *args, **kwargs)), gate))
+        tokens = without_padding(tokens, mask)
+        beside, gate = self.ddcl(tokens, mask), torch.sigmoid(self.gate(tokens)).to(tokens.dtype)
+        block = _tensor(self.block(tokens, *args, **kwargs)).to(tokens.dtype)
+        return beside._replace(output=gate * block + (1 - gate) * beside.output)

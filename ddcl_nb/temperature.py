@@ -18,7 +18,7 @@ from .assign import NonFiniteInput, assignments, check_inputs
 # %% auto #0
 __all__ = ['CURVATURE', 'SHAPES', 'largest_variance', 'critical_temperature', 'Anneal', 'split_temperatures']
 
-# %% ../nbs/library/01_temperature.ipynb #f1a0eb35
+# %% ../nbs/library/01_temperature.ipynb #72e325b9
 CURVATURE = {"stop": 2.0, "full": 4.0, "stop-loss": 2.0}
 "`T_c / lambda_max(C)` for each way of differentiating the loss."
 
@@ -31,6 +31,8 @@ def _weighted_tokens(tokens: Tensor, mask: Tensor | None, weights: Tensor | None
     for name, x in (("mask", mask), ("weights", weights)):
         if x is not None and tuple(x.shape) != tuple(tokens.shape[:-1]):
             raise ValueError(f"{name} must have shape {tuple(tokens.shape[:-1])}, got {tuple(x.shape)}")
+    if not w.isfinite().all():
+        raise ValueError(f"weights hold {int((~w.isfinite()).sum())} NaN or infinite values")
     keep = (w > 0) if mask is None else mask.bool() & (w > 0)
     if (w < 0).any():
         raise ValueError(f"weights must not be negative, got {float(w.min()):g}")

@@ -30,14 +30,15 @@ from ..storage import atomic, write_text
 __all__ = ['PROFILES', 'Experiment', 'experiments', 'check_profile', 'provenance', 'Log', 'Result', 'read_result', 'spread',
            'with_spread']
 
-# %% ../../nbs/library/10_registry.ipynb #aaabfc6d
+# %% ../../nbs/library/10_registry.ipynb #a86cc079
 @dataclass(frozen=True)
 class Experiment:
     "One experiment: its place in the paper, and how it is run."
     name: str
     title: str
     paper: str  # the paper's table or figure
-    run: Callable[..., Result]  # run(profile, seeds, out, advance) -> Result
+    run: Callable[..., Result]  # run(profile, seeds, out, advance) -> Result; calls advance() for each row
+    steps: Callable[..., int]  # steps(profile, seeds) -> how many rows that will be
 
 
 PROFILES = ("quick", "full")
