@@ -10,7 +10,6 @@ from ddcl_nb.assign import assignments, ddcl
 from ddcl_nb.temperature import CURVATURE, SHAPES, Anneal, critical_temperature, largest_variance, split_temperatures
 
 
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
