@@ -91,7 +91,7 @@ def clusters(points, labels, ax: Axes | None = None, prototypes=None, names: Seq
     ax.set(xlabel="first principal axis", ylabel="second principal axis")
     return ax
 
-# %% ../nbs/library/07_plots.ipynb #608aa350
+# %% ../nbs/library/07_plots.ipynb #57d4a00c
 def history(rows: Sequence[Mapping[str, float]], names: Mapping[str, str], ax: Axes | None = None, x: str = "epoch", log: bool = False) -> Axes:
     "Lines of the named columns against `x`; `names` maps a column to its label in the legend."
     if missing := [name for name in names if not any(name in row for row in rows)]:
@@ -105,14 +105,15 @@ def history(rows: Sequence[Mapping[str, float]], names: Mapping[str, str], ax: A
 
 
 def training_curves(rows: Sequence[Mapping[str, float]], scores: Mapping[str, str] | None = None):
-    "The house figure of a training run: decomposition, separation, sharpness and, where measured, scores."
+    "The house figure of a training run: decomposition, separation, entropy, reduced temperature and, where measured, scores."
     panels = [("loss per token", {"loss": "$L_q$", "recon": "$L_{OLS}$", "variance": "$V$"}),
               ("separation", {"separation_mean": "$S_{mean}$", "separation_min": "$S_{min}$"}),
-              ("sharpness", {"entropy": "$H$ (nats)", "tau": r"$\tau = T/T_c$"})]
+              ("entropy (nats)", {"entropy": "$H$"}), ("reduced temperature", {"tau": r"$\tau = T/T_c$"})]
     panels += [("score", scores)] if scores else []
-    figure, axs = require("matplotlib.pyplot", "plots").subplots(1, len(panels), figsize=(3.1 * len(panels), 2.8))
+    figure, axs = require("matplotlib.pyplot", "plots").subplots(1, len(panels), figsize=(2.7 * len(panels), 2.6))
     for ax, (title, names) in zip(axs, panels):
-        history(rows, names, ax).set_title(title)
+        history(rows, names, ax, log="tau" in names).set_title(title)
+    axs[3].axhline(1, color="0.3", lw=1, ls=":")
     return figure
 
 # %% ../nbs/library/07_plots.ipynb #03a67f63
