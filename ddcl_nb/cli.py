@@ -77,12 +77,12 @@ def one_line(debug: bool = False) -> Iterator[None]:
             raise
         fail(words(error))
 
-# %% ../nbs/library/12_cli.ipynb #f4fc6b84
+# %% ../nbs/library/12_cli.ipynb #c765ca8b
 def show(head: Sequence[str], rows: Sequence[Sequence[str | Text]], right: Sequence[str] = ()) -> None:
     "Print a table; the columns `right` are numbers."
     import sys
     terminal = sys.stdout.isatty()
-    console = Console(force_jupyter=False, force_terminal=terminal, highlight=False, width=None if terminal else 160)
+    console = Console(force_jupyter=False, force_terminal=terminal, highlight=False, width=None if terminal else 1000)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for name in head:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold", min_width=max(len(row[head.index(name)]) for row in rows) if name in right else None)

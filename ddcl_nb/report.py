@@ -18,12 +18,13 @@ from .experiments.registry import Result
 from .storage import write_text
 
 # %% auto #0
-__all__ = ['SCORES', 'ERRORS', 'COLUMNS', 'MEASURED', 'NAMES', 'SHAPES', 'STYLE', 'POLICY', 'Html', 'tag', 'joined', 'number',
-           'with_deviation', 'better', 'best', 'label', 'n_seeds', 'title', 'comparison', 'mark', 'key', 'strip',
-           'summary_table', 'table_box', 'table', 'pairs', 'circumstances', 'keys_and_measures', 'methods_table',
-           'methods', 'seeds_table', 'figure', 'figures', 'section', 'page', 'overview', 'write_report']
+__all__ = ['SCORES', 'ERRORS', 'COLUMNS', 'MEASURED', 'NAMES', 'SHAPES', 'UPWARDS', 'STYLE', 'POLICY', 'Html', 'tag', 'joined',
+           'number', 'with_deviation', 'better', 'best', 'label', 'n_seeds', 'title', 'comparison', 'mark', 'key',
+           'strip', 'summary_table', 'table_box', 'table', 'pairs', 'circumstances', 'keys_and_measures',
+           'methods_table', 'methods', 'seeds_table', 'figure', 'figures', 'section', 'page', 'overview',
+           'write_report']
 
-# %% ../nbs/library/11_report.ipynb #e5167c5d
+# %% ../nbs/library/11_report.ipynb #035fa75d
 class Html(str):
     "Text that is HTML already. Every other text is escaped where it enters an element."
 
@@ -31,21 +32,22 @@ class Html(str):
 def tag(name: str, /, *children, **attributes) -> Html:
     "An element: `tag('td', 'a < b', class_='number')`. Underscores of attributes become hyphens; None leaves out a child or an attribute."
     words = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items() if value is not None)
-    return Html(f"<{name}{words}>{joined(children)}" + ("" if name in ("img", "meta", "link", "path") else f"</{name}>"))
+    return Html(f"<{name}{words}>{joined(children)}" + ("" if name in ("img", "meta", "link") else f"</{name}>"))
 
 
 def joined(children: Iterable, separator: str = "") -> Html:
     "Elements as they are, other things escaped, one after another."
     return Html(separator.join(child if isinstance(child, Html) else escape(str(child)) for child in children if child is not None))
 
-# %% ../nbs/library/11_report.ipynb #c3407383
-def number(value: float | None) -> str:
-    "`0.772`, `1,234.5`, `3.1e-07`, or a dash for None."
+# %% ../nbs/library/11_report.ipynb #be75396b
+def number(value: float | None, like: float | None = None) -> str:
+    "`0.772`, `1,234.5`, `3.1e-07`, or a dash for None; with the decimals of the number `like`, if given."
     if value is None:
         return "–"
-    if not math.isfinite(value) or 0 < abs(value) < 5e-4:
+    size = abs(value if like is None else like)
+    if not math.isfinite(size) or 0 < size < 5e-4:
         return f"{value:.1e}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:.3f}" if size < 10 else f"{value:,.1f}"
 
 
 def _pair(value: float | Sequence[float] | None) -> tuple[float | None, float | None]:
@@ -55,7 +57,7 @@ def _pair(value: float | Sequence[float] | None) -> tuple[float | None, float | 
 def with_deviation(value: float | Sequence[float] | None, n: int = 2) -> str:
     "A mean with its standard deviation, `0.772 ± 0.004`; a number alone, or a mean over `n = 1` runs, without."
     mean, deviation = _pair(value)
-    return number(mean) if deviation is None or n < 2 else f"{number(mean)} ± {number(deviation)}"
+    return number(mean) if deviation is None or n < 2 else f"{number(mean)} ± {number(deviation, like=mean)}"
 
 # %% ../nbs/library/11_report.ipynb #9b0ff9f9
 SCORES, ERRORS = ("acc", "accuracy", "nmi", "ari", "recall", "f1", "purity", "silhouette", "r2"), ("loss", "error", "mse", "rmse", "nll")
@@ -77,7 +79,7 @@ def best(values: Mapping[str, float | Sequence[float] | None], sign: int) -> set
     top = number(max(means.values(), key=lambda mean: sign * mean))
     return {name for name, mean in means.items() if number(mean) == top}
 
-# %% ../nbs/library/11_report.ipynb #4424f7ae
+# %% ../nbs/library/11_report.ipynb #4971c34b
 COLUMNS = {"paper": "paper, DDCL", "paper_kmeans": "paper, k-means", "kmeans": "k-means", "papers_setting": "paper's setting", "ours": "ours"}
 "Columns of the comparison. The last three were measured here."
 MEASURED = ("kmeans", "papers_setting", "ours")
@@ -89,23 +91,24 @@ def label(name: str) -> str:
     return NAMES.get(name, name.replace("_", " "))
 
 
-def n_seeds(result: Result) -> int:
-    "Number of different seeds in the rows."
-    return len({row["seed"] for row in result.rows if "seed" in row})
+def n_seeds(result: Result, data: str | None = None) -> int:
+    "Number of different seeds in the rows, or in those of one data set where the rows name it."
+    own = [row for row in result.rows if data is not None and row.get("data") == data]
+    return len({row["seed"] for row in own or result.rows if "seed" in row})
 
 
 def title(result: Result) -> str:
     return result.about.get("title") or label(result.experiment)
 
-# %% ../nbs/library/11_report.ipynb #4c052717
+# %% ../nbs/library/11_report.ipynb #922008c3
 def comparison(results: Sequence[Result]) -> list[dict]:
     "Lines of the comparison over all results: experiment, title, data, measure, the values, the words for each of `COLUMNS`, and which are best."
     lines = []
     for result in results:
         for line in result.about.get("table") or []:
-            values, measure = {column: line.get(column) for column in COLUMNS}, line.get("measure", "")
+            values, measure, n = {column: line.get(column) for column in COLUMNS}, line.get("measure", ""), n_seeds(result, line.get("data"))
             lines.append({"experiment": result.experiment, "title": title(result), "n": n_seeds(result), "data": line.get("data", ""), "measure": label(measure),
-                          "values": values, "words": {column: with_deviation(value, n_seeds(result)) for column, value in values.items()},
+                          "values": values, "words": {column: with_deviation(value, n) for column, value in values.items()},
                           "best": best({column: values[column] for column in MEASURED}, better(measure, unknown=1))})
     return lines
 
@@ -116,9 +119,11 @@ def _markdown(lines: Sequence[dict]) -> str:
     rules = ["---", "---", *("---:" for _ in COLUMNS)]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (head, rules, *body)) + "\n"
 
-# %% ../nbs/library/11_report.ipynb #f08fe18f
-SHAPES = {"kmeans": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z", "papers_setting": "M0,-5L5,0L0,5L-5,0z", "ours": "M-4,-4h8v8h-8z"}
+# %% ../nbs/library/11_report.ipynb #222b47d8
+SHAPES = {"kmeans": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0z", "papers_setting": "M0,-5L5,0L0,5L-5,0z", "ours": "M-4,-4h8v8h-8z"}
 SHAPES |= {"paper": SHAPES["papers_setting"], "paper_kmeans": SHAPES["kmeans"]}
+UPWARDS = ("paper", "ours", "papers_setting", "paper_kmeans", "kmeans")
+"The order of drawing: what is small lies on top, so that equal values are both seen."
 
 
 def mark(column: str, x: float = 0) -> Html:
@@ -139,7 +144,7 @@ def _scale(values: Iterable[float], width: float) -> tuple[float, float]:
     return (low + high - span) / 2, width / span
 
 
-def strip(values: Mapping[str, float | Sequence[float] | None], width: int = 130) -> Html:
+def strip(values: Mapping[str, float | Sequence[float] | None], width: int = 104) -> Html:
     "A line of the comparison as a picture, on its own scale."
     pairs = {column: _pair(value) for column, value in values.items() if value is not None}
     if not pairs:
@@ -149,10 +154,10 @@ def strip(values: Mapping[str, float | Sequence[float] | None], width: int = 130
     whiskers = [tag("path", d=f"M{place[column] - deviation * factor:.1f},0H{place[column] + deviation * factor:.1f}", class_=column, stroke="currentColor", stroke_width=1.6)
                 for column, (_, deviation) in pairs.items() if deviation]
     axis = tag("path", d=f"M0,0H{width}", class_="axis", stroke="currentColor", stroke_opacity=0.25)
-    marks = (mark(column, x) for column, x in place.items())
+    marks = (mark(column, place[column]) for column in UPWARDS if column in place)
     return tag("svg", axis, *whiskers, *marks, class_="strip", viewBox=f"-8 -8 {width + 16} 16", width=width + 16, height=16, aria_hidden="true")
 
-# %% ../nbs/library/11_report.ipynb #c70e6068
+# %% ../nbs/library/11_report.ipynb #d8738dce
 def _cell(words: str, is_best: bool) -> Html:
     "A number; the deviation in a quieter tone, the best one strong."
     mean, sign, deviation = words.partition(" ± ")
@@ -174,14 +179,14 @@ def _lines(lines: Sequence[dict]) -> Html:
 
 def _html(lines: Sequence[dict]) -> Html:
     names = (tag("th", key(column), name, scope="col", class_="number") for column, name in COLUMNS.items())
-    head = tag("thead", tag("tr", tag("th", "data", scope="col"), tag("th", "measure", scope="col"), *names, tag("th", tag("span", "picture", class_="unseen"), scope="col")))
+    columns = [tag("th", "data", scope="col"), tag("th", "measure", scope="col"), *names, tag("th", tag("span", "picture", class_="unseen"), scope="col")]
     bodies = []
     for _, group in groupby(lines, key=lambda line: line["experiment"]):
         group = list(group)
         seeds = f"{group[0]['n']} seed{'s' if group[0]['n'] != 1 else ''}"
         heading = tag("th", tag("a", group[0]["title"], href=f"#{group[0]['experiment']}"), " ", tag("span", seeds, class_="quiet"), scope="rowgroup", colspan=len(COLUMNS) + 3)
         bodies.append(tag("tbody", tag("tr", heading, class_="heading"), _lines(group)))
-    return tag("table", head, *bodies, class_="summary")
+    return tag("table", tag("thead", tag("tr", *columns)), *bodies, class_="summary")
 
 # %% ../nbs/library/11_report.ipynb #18696d95
 def summary_table(results: Sequence[Result], format: str = "html") -> str:
@@ -193,17 +198,17 @@ def summary_table(results: Sequence[Result], format: str = "html") -> str:
     lines = comparison(results)
     return _markdown(lines) if format == "markdown" else _html(lines)
 
-# %% ../nbs/library/11_report.ipynb #32b469b7
+# %% ../nbs/library/11_report.ipynb #06fcffb0
 def table_box(table: Html, name: str) -> Html:
     "A box in which a wide table scrolls, with a name for those who cannot see it."
     return tag("div", table, class_="box", role="region", tabindex=0, aria_label=name)
 
 
-def table(head: Sequence[str], body: Iterable[Sequence], name: str) -> Html:
-    "A table in its box. Cells that are `Html` stand as they are, numbers are written in full in a column of numbers."
-    cell = lambda value: value if isinstance(value, Html) else tag("td", value, class_="number" if isinstance(value, (int, float)) else None)
-    rows = (tag("tr", *(cell(value) for value in row)) for row in body)
-    return table_box(tag("table", tag("thead", tag("tr", *(tag("th", label(name), scope="col") for name in head))), tag("tbody", *rows)), name)
+def table(head: Sequence[str], body: Iterable[Sequence], name: str, numbers: Sequence[str] = ()) -> Html:
+    "A table in its box: names of columns, rows of cells (elements stand as they are), a name for the whole, and which columns are `numbers`."
+    top = (tag("th", label(column), scope="col", class_="number" if column in numbers else None) for column in head)
+    rows = (tag("tr", *(cell if isinstance(cell, Html) else tag("td", cell) for cell in row)) for row in body)
+    return table_box(tag("table", tag("thead", tag("tr", *top)), tag("tbody", *rows)), name)
 
 
 def pairs(items: Mapping[str, object]) -> Html:
@@ -230,7 +235,7 @@ def circumstances(results: Sequence[Result]) -> Html:
     return pairs({"experiments": len(results), "profile": _distinct(results, lambda r: r.profile), "date": _distinct(results, lambda r: r.about.get("date")),
                   "commit": _distinct(results, lambda r: r.about.get("commit")), "hardware": _distinct(results, _hardware), "versions": _distinct(results, _versions)})
 
-# %% ../nbs/library/11_report.ipynb #da8d50c5
+# %% ../nbs/library/11_report.ipynb #c996067c
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -250,9 +255,9 @@ def methods_table(rows: Sequence[dict], name: str) -> Html:
     top = {measure: best({str(i): line[measure] for i, line in enumerate(lines)}, better(measure)) for measure in measures}
     body = ([*(tag("th", line[key], scope="row") for key in keys), *(_cell(with_deviation(line[measure], line["n"]), str(i) in top[measure]) for measure in measures)]
             for i, line in enumerate(lines))
-    return table([*keys, *measures], body, name)
+    return table([*keys, *measures], body, name, measures)
 
-# %% ../nbs/library/11_report.ipynb #897b2a20
+# %% ../nbs/library/11_report.ipynb #43c4056a
 def _by_data(result: Result) -> dict[str, list[dict]]:
     groups: dict[str, list[dict]] = {}
     for row in result.rows:
@@ -265,13 +270,18 @@ def methods(result: Result) -> Html:
     return joined(joined([tag("h4", data) if data else None, methods_table(rows, f"{title(result)}: methods on {data or 'the data'}")]) for data, rows in _by_data(result).items())
 
 
+def _plain(value, is_number: bool) -> Html:
+    return tag("td", number(value) if value is None or isinstance(value, float) else value, class_="number" if is_number else None)
+
+
 def seeds_table(result: Result) -> Html | None:
     "All rows as they were measured, folded."
     if not result.rows:
         return None
     columns = list(dict.fromkeys(column for row in result.rows for column in row))
-    shown = lambda value: tag("td", number(value) if isinstance(value, float) else value, class_="number") if _is_number(value) else "–" if value is None else value
-    rows = table(columns, ([shown(row.get(column)) for column in columns] for row in result.rows), f"{title(result)}: all rows")
+    numbers = [column for column in columns if all(_is_number(row.get(column, 0)) for row in result.rows)]
+    body = ([_plain(row.get(column), column in numbers) for column in columns] for row in result.rows)
+    rows = table(columns, body, f"{title(result)}: all rows", numbers)
     return tag("details", tag("summary", f"All {len(result.rows)} rows, seed by seed"), rows)
 
 # %% ../nbs/library/11_report.ipynb #527d630e
@@ -306,7 +316,7 @@ def section(result: Result, out: str | Path) -> Html:
                _under("Data", pairs(about.get("sources") or {}) if about.get("sources") else None), _under("Methods", methods(result)),
                _under("Figures", figures(result, out)), seeds_table(result), id=result.experiment, aria_labelledby=f"{result.experiment}-title")
 
-# %% ../nbs/library/11_report.ipynb #39b10820
+# %% ../nbs/library/11_report.ipynb #8b392254
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfcfa; --card: #fff; --ink: #1d2733; --quiet: #5b6673; --line: #dfe3e8; --tint: #f1f5f9; --blue: #0b62a4;
   --kmeans: #b87a00; --ddcl: #a8457f; --ours: #0072b2; }
@@ -315,7 +325,7 @@ STYLE = """
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-header, main, footer { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; }
+header, main, footer { max-width: 72rem; margin: 0 auto; padding: 0 1.25rem; }
 header { padding-top: clamp(2rem, 6vw, 4.5rem); }
 h1 { font-size: clamp(1.9rem, 5.5vw, 3rem); line-height: 1.12; letter-spacing: -0.025em; margin: 0 0 0.75rem; text-wrap: balance; }
 h2 { font-size: clamp(1.4rem, 3.5vw, 1.8rem); line-height: 1.25; letter-spacing: -0.015em; margin: 0 0 0.25rem; text-wrap: balance; }
@@ -336,17 +346,17 @@ dt { color: var(--quiet); overflow-wrap: anywhere; }
 dd { margin: 0; overflow-wrap: anywhere; }
 .verdict { background: var(--tint); border-left: 4px solid var(--blue); border-radius: 0 0.5rem 0.5rem 0; padding: 0.9rem 1.1rem; margin: 1.25rem 0; }
 .verdict b { color: var(--blue); margin-right: 0.35rem; }
-.box { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 0.7rem; margin: 0 0 0.75rem; }
+.box { position: relative; overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 0.7rem; margin: 0 0 0.75rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; line-height: 1.35; font-variant-numeric: tabular-nums lining-nums; }
-th, td { padding: 0.5rem 0.8rem; text-align: left; vertical-align: baseline; white-space: nowrap; }
+th, td { padding: 0.5rem 0.75rem; text-align: left; vertical-align: baseline; white-space: nowrap; }
 thead th { color: var(--quiet); font-weight: 600; border-bottom: 1px solid var(--line); }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; position: sticky; left: 0; background: var(--card); }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tbody tr:hover td { background: var(--tint); }
 .number, th.number { text-align: right; }
 .deviation { color: var(--quiet); font-weight: 400; font-size: 0.9em; }
 strong { font-weight: 750; color: var(--blue); }
-.summary .heading th { background: var(--tint); white-space: normal; padding-top: 0.7rem; }
+.summary .heading th { background: var(--tint); position: static; white-space: normal; padding-top: 0.7rem; }
 .summary .heading a { font-weight: 650; margin-right: 0.4rem; }
 .picture { padding: 0.2rem 0.8rem; vertical-align: middle; }
 .strip { display: block; }
@@ -361,7 +371,7 @@ summary { cursor: pointer; color: var(--blue); padding: 0.4rem 0; }
 details .box { max-height: 32rem; overflow-y: auto; margin-top: 0.5rem; }
 details thead th { position: sticky; top: 0; background: var(--card); }
 footer { color: var(--quiet); font-size: 0.9rem; padding-top: 3rem; padding-bottom: 3rem; }
-@media (max-width: 40rem) { dl > div { grid-template-columns: minmax(0, 1fr); gap: 0; } dl { gap: 0.8rem; } th, td { padding: 0.5rem 0.6rem; } }
+@media (max-width: 40rem) { dl > div { grid-template-columns: minmax(0, 1fr); gap: 0; } dl { gap: 0.8rem; } th, td { padding: 0.5rem 0.6rem; } tbody th { white-space: normal; min-width: 6.5rem; max-width: 9rem; } }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 @media print { :root { --paper: #fff; --card: #fff; --ink: #000; --quiet: #444; --line: #bbb; --tint: #f4f4f4; } body { font-size: 10pt; } nav, .skip { display: none; }
   .box { overflow: visible; max-height: none; } figure, tr, .verdict { break-inside: avoid; } h2, h3, h4 { break-after: avoid; } th, td { padding: 0.25rem 0.4rem; white-space: normal; } }
