@@ -201,7 +201,7 @@ def verdict(rows: Sequence[dict]) -> str:
             f"On the mean of all tokens, cooling in tau has ACC {mean(OURS, 'acc'):.3f} and NMI {mean(OURS, 'nmi'):.3f}, k-means {mean(MEAN_BASE, 'acc'):.3f} and {mean(MEAN_BASE, 'nmi'):.3f}. "
             f"Read by logistic regression, the residual readout of all tokens has test accuracy {test['DDCL residual']:.3f}, the mean {test['mean']:.3f}, CLS {test['CLS']:.3f}.")
 
-# %% ../../nbs/experiments/02_text_readout.ipynb #e81f89ec
+# %% ../../nbs/experiments/02_text_readout.ipynb #f62ea4d1
 def draw(result: Result, docs: Tokens, data: DataSet, seed: int, out: str | Path) -> None:
     "Figures: the curves of the paper's setting, Figure 3 (prototypes in the plane of the documents), and the scores."
     plots.use_style()
@@ -219,7 +219,7 @@ def figure_3(docs: Tokens, data: DataSet, seed: int):
     plots.clusters(docs.mean, docs.labels, ax, prototypes, size=4)
     names = [data.label_names[np.bincount(docs.labels[clusters == k]).argmax()] if (clusters == k).any() else "unused" for k in range(K)]
     for k, (x, y) in enumerate(plots.plane(docs.mean, prototypes)[1]):
-        ax.annotate(str(k + 1), (x, y), ha="center", va="center", fontsize=5.5, zorder=4)
+        ax.annotate(str(k + 1), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, zorder=4)
     ax.text(1.02, 0.98, "\n".join(f"{k + 1:2d}  {name}" for k, name in enumerate(names)), transform=ax.transAxes, va="top", fontsize=7.5, family="monospace")
     return figure
 
