@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['app', 'ddcl_command', 'main', 'fail', 'words', 'one_line', 'show', 'get_data', 'data_command', 'seeds_of', 'chosen',
            'checked_profile', 'writable', 'data_of', 'data_line', 'say_data', 'Plan', 'finished', 'note_finished',
-           'forget', 'taken_over', 'run_one', 'run_all', 'with_earlier', 'list_experiments', 'say_comparison',
+           'forget', 'left_over', 'run_one', 'run_all', 'with_earlier', 'list_experiments', 'say_comparison',
            'interruptible', 'carry_out', 'reproduce_command']
 
 # %% ../nbs/library/12_cli.ipynb #124377e8
@@ -231,22 +231,24 @@ def forget(plan: Plan) -> None:
     for path in (plan.finished_file, *(plan.rows_file(experiment.name) for experiment in plan.experiments)):
         path.unlink(missing_ok=True)
 
-# %% ../nbs/library/12_cli.ipynb #99bbae95
-def taken_over(rows: list[dict], earlier: list[dict]) -> int:
-    "How many rows come from an interrupted run: all of the earlier ones or, when its settings were others, none."
-    return len(earlier) if rows[:len(earlier)] == earlier else 0
+# %% ../nbs/library/12_cli.ipynb #35d29951
+def left_over(plan: Plan, experiment: Experiment) -> tuple[int, dict]:
+    "How many rows an interrupted run left, and its settings."
+    kept = _json(plan.rows_file(experiment.name))
+    rows, settings = kept.get("rows"), kept.get("settings")
+    return (len(rows), settings) if isinstance(rows, list) and isinstance(settings, dict) else (0, {})
 
 
 def run_one(plan: Plan, experiment: Experiment) -> Result:
     "Run an experiment with a progress bar, and say what was measured on which data."
     from ddcl_nb.progress import progress
-    earlier, start = _json(plan.rows_file(experiment.name)).get("rows", []), time.perf_counter()
+    (left, settings), start = left_over(plan, experiment), time.perf_counter()
     steps = experiment.steps(plan.profile, plan.seeds)
-    typer.echo(f"{experiment.name}: {steps} rows" + (f"; an interrupted run left {len(earlier)}" if earlier else ""))
+    typer.echo(f"{experiment.name}: {steps} rows" + (f"; an interrupted run left {left}" if left else ""))
     with progress(experiment.name, steps) as advance:
         result = experiment.run(profile=plan.profile, seeds=plan.seeds, out=plan.out, advance=advance)
-    kept = taken_over(result.rows, earlier)
-    typer.echo(f"{experiment.name}: {len(result.rows)} rows in {time.perf_counter() - start:.0f} s" + (f", {kept} of them were already there" if kept else ""))
+    told = "" if not left else f", {left} of them were already there" if settings == result.about.get("settings") else "; those left were of other settings"
+    typer.echo(f"{experiment.name}: {len(result.rows)} rows in {time.perf_counter() - start:.0f} s{told}")
     for name, source in (result.about.get("sources") or {}).items():
         typer.echo(f"  {name}: {source}")
     return result
