@@ -77,7 +77,7 @@ def one_line(debug: bool = False) -> Iterator[None]:
             raise
         fail(words(error))
 
-# %% ../nbs/library/12_cli.ipynb #c765ca8b
+# %% ../nbs/library/12_cli.ipynb #573139c5
 def show(head: Sequence[str], rows: Sequence[Sequence[str | Text]], right: Sequence[str] = ()) -> None:
     "Print a table; the columns `right` are numbers."
     import sys
@@ -85,7 +85,8 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str | Text]], right: Seque
     console = Console(force_jupyter=False, force_terminal=terminal, highlight=False, width=None if terminal else 1000)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for name in head:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold", min_width=max(len(row[head.index(name)]) for row in rows) if name in right else None)
+        number = {"justify": "right", "no_wrap": True} if name in right else {"overflow": "fold"}
+        table.add_column(name.replace(" ", "\n") if terminal and name in right else name, **number)
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
     console.print(table)

@@ -104,6 +104,7 @@ def test_best(values, sign, expected): assert best(values, sign) == expected
 def test_numbers():
     assert [number(v) for v in (0.5, 0, 12.34, 12345.6, 1e-5, -1e-5, None, float("inf"))] == ["0.500", "0.000", "12.3", "12,345.6", "1.0e-05", "-1.0e-05", "–", "inf"]
     assert with_deviation([12.3, 0.04]) == "12.3 ± 0.0" and with_deviation([0.5, 1e-9]) == "0.500 ± 0.000" and with_deviation(None) == "–"
+    assert comparison([result(table=[{"measure": "ari", "kmeans": [0.3, 0.1], "ours": [1e-5, 1e-6]}])])[0]["words"]["ours"] == "0.000 ± 0.000"
 
 def test_markdown_keeps_its_columns():
     lines = summary_table([result(table=[{"data": "a|b", "measure": "acc", "ours": [1, 0]}])], "markdown").splitlines()
@@ -112,6 +113,9 @@ def test_markdown_keeps_its_columns():
 def test_columns_before_the_seed_tell_rows_apart():
     assert keys_and_measures([{"data": "a", "K": 4, "seed": 0, "acc": 1, "best": True, "note": "x"}]) == (["data", "K"], ["acc"])
     assert keys_and_measures([{"method": "a", "acc": 1.0}, {"method": "b", "acc": 1.0, "gap": 2}]) == (["method"], ["acc"])
+    rows = [{"method": m, "seed": s, name: 1.0} for s in range(2) for m, name in (("a", "acc"), ("b", "acc"), ("c", "test"), ("d", "test"), ("e", "alone"))]
+    assert keys_and_measures(rows) == (["method"], ["acc", "test"])
+    assert keys_and_measures([{"method": "a", "seed": s, "acc": 1.0} for s in range(2)]) == (["method"], ["acc"])
     assert keys_and_measures([]) == ([], [])
 
 def test_pictures_of_lines_stay_in_their_box():
