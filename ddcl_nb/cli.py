@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['app', 'ddcl_command', 'main', 'fail', 'words', 'one_line', 'show', 'get_data', 'data_command', 'seeds_of', 'chosen',
-           'checked_profile', 'writable', 'data_of', 'data_line', 'say_data', 'Plan', 'finished', 'note_finished',
-           'forget', 'left_over', 'run_one', 'run_all', 'with_earlier', 'list_experiments', 'say_comparison',
-           'interruptible', 'carry_out', 'reproduce_command']
+           'checked_profile', 'writable', 'data_of', 'data_line', 'say_data', 'Reproduction', 'finished',
+           'note_finished', 'forget', 'left_over', 'run_one', 'run_all', 'with_earlier', 'list_experiments',
+           'say_comparison', 'interruptible', 'carry_out', 'reproduce_command']
 
 # %% ../nbs/library/12_cli.ipynb #124377e8
 app = typer.Typer(name="ddcl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -183,9 +183,9 @@ def say_data(experiments: Sequence[Experiment]) -> None:
         for entry in entries:
             typer.echo(f"{experiment.name}: {entry.title} ({entry.name}), {data_line(entry, built_in)}")
 
-# %% ../nbs/library/12_cli.ipynb #719096b2
+# %% ../nbs/library/12_cli.ipynb #c6d0f233
 @dataclass(frozen=True)
-class Plan:
+class Reproduction:
     "What one call of `ddcl reproduce` runs, and the files by which it resumes."
     experiments: list[Experiment]
     profile: str
@@ -206,7 +206,7 @@ class Plan:
     def call(self) -> dict:
         return {"profile": self.profile, "seeds": self.seeds, "version": ddcl_nb.__version__}
 
-# %% ../nbs/library/12_cli.ipynb #3d6878d9
+# %% ../nbs/library/12_cli.ipynb #a45c659f
 def _json(path: Path) -> dict:
     "What an earlier call left in a file; nothing where it is missing or damaged."
     try:
@@ -216,31 +216,31 @@ def _json(path: Path) -> dict:
         return {}
 
 
-def finished(plan: Plan) -> list[str]:
+def finished(plan: Reproduction) -> list[str]:
     "Names of the experiments that an interrupted call with the same seeds has finished."
     kept = _json(plan.finished_file)
     return [name for name in kept.get("finished", ()) if plan.result_file(name).exists()] if kept.get("call") == plan.call else []
 
 
-def note_finished(plan: Plan, name: str) -> None:
+def note_finished(plan: Reproduction, name: str) -> None:
     from ddcl_nb.storage import write_text
     write_text(plan.finished_file, json.dumps({"call": plan.call, "finished": [*finished(plan), name]}))
 
 
-def forget(plan: Plan) -> None:
+def forget(plan: Reproduction) -> None:
     "Remove everything from which the plan would resume."
     for path in (plan.finished_file, *(plan.rows_file(experiment.name) for experiment in plan.experiments)):
         path.unlink(missing_ok=True)
 
-# %% ../nbs/library/12_cli.ipynb #35d29951
-def left_over(plan: Plan, experiment: Experiment) -> tuple[int, dict]:
+# %% ../nbs/library/12_cli.ipynb #1a01438f
+def left_over(plan: Reproduction, experiment: Experiment) -> tuple[int, dict]:
     "How many rows an interrupted run left, and its settings."
     kept = _json(plan.rows_file(experiment.name))
     rows, settings = kept.get("rows"), kept.get("settings")
     return (len(rows), settings) if isinstance(rows, list) and isinstance(settings, dict) else (0, {})
 
 
-def run_one(plan: Plan, experiment: Experiment) -> Result:
+def run_one(plan: Reproduction, experiment: Experiment) -> Result:
     "Run an experiment with a progress bar, and say what was measured on which data."
     from ddcl_nb.progress import progress
     (left, settings), start = left_over(plan, experiment), time.perf_counter()
@@ -254,8 +254,8 @@ def run_one(plan: Plan, experiment: Experiment) -> Result:
         typer.echo(f"  {name}: {source}")
     return result
 
-# %% ../nbs/library/12_cli.ipynb #d299b926
-def run_all(plan: Plan, debug: bool = False) -> tuple[list[Result], list[str]]:
+# %% ../nbs/library/12_cli.ipynb #34e1af48
+def run_all(plan: Reproduction, debug: bool = False) -> tuple[list[Result], list[str]]:
     "Results of the plan's experiments, and a line for each that failed."
     from ddcl_nb.experiments.registry import read_result
     done, results, failures = finished(plan), [], []
@@ -274,7 +274,7 @@ def run_all(plan: Plan, debug: bool = False) -> tuple[list[Result], list[str]]:
     return results, failures
 
 
-def with_earlier(plan: Plan, results: Sequence[Result]) -> list[Result]:
+def with_earlier(plan: Reproduction, results: Sequence[Result]) -> list[Result]:
     "These results, and those of the same profile that earlier calls wrote, in the order of the registry. Errors: ValueError naming a damaged file."
     from ddcl_nb.experiments import registry
     fresh = {result.experiment: result for result in results}
@@ -300,9 +300,9 @@ def say_comparison(results: Sequence[Result]) -> None:
         show(["data", "measure", *COLUMNS.values()], rows, right=list(COLUMNS.values()))
         typer.echo()
 
-# %% ../nbs/library/12_cli.ipynb #9b5aec8b
+# %% ../nbs/library/12_cli.ipynb #820cf429
 @contextmanager
-def interruptible(plan: Plan) -> Iterator[None]:
+def interruptible(plan: Reproduction) -> Iterator[None]:
     "Ctrl-C ends the command with one line, and exit code 130."
     try:
         yield
@@ -311,7 +311,7 @@ def interruptible(plan: Plan) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def carry_out(plan: Plan, report: Path, debug: bool) -> None:
+def carry_out(plan: Reproduction, report: Path, debug: bool) -> None:
     "Run a plan, compare, write the report, and end with exit code 1 if an experiment failed."
     from ddcl_nb.report import write_report
     with_earlier(plan, [])
@@ -325,7 +325,7 @@ def carry_out(plan: Plan, report: Path, debug: bool) -> None:
         fail("; ".join(failures))
     plan.finished_file.unlink(missing_ok=True)
 
-# %% ../nbs/library/12_cli.ipynb #7ee5db8e
+# %% ../nbs/library/12_cli.ipynb #7c753440
 @app.command("reproduce")
 def reproduce_command(
         profile: Annotated[str, typer.Option(metavar="quick|full", help="quick: minutes, nothing to download; full: the size of the paper.")] = "quick",
@@ -340,7 +340,7 @@ def reproduce_command(
     with one_line(debug):
         if list_only:
             return list_experiments()
-        plan = Plan(chosen(only or ()), checked_profile(profile), seeds_of(seeds), out)
+        plan = Reproduction(chosen(only or ()), checked_profile(profile), seeds_of(seeds), out)
         if report.is_dir():
             fail(f"--report: {str(report)!r} is a folder; give the name of a file", 2)
         writable("--out", out)

@@ -25,13 +25,13 @@ __all__ = ['SCORES', 'ERRORS', 'COLUMNS', 'MEASURED', 'NAMES', 'SHAPES', 'UPWARD
            'methods_table', 'methods', 'seeds_table', 'figure', 'figures', 'section', 'page', 'overview',
            'write_report']
 
-# %% ../nbs/library/11_report.ipynb #035fa75d
+# %% ../nbs/library/11_report.ipynb #2198340b
 class Html(str):
     "Text that is HTML already. Every other text is escaped where it enters an element."
 
 
 def tag(name: str, /, *children, **attributes) -> Html:
-    "An element: `tag('td', 'a < b', class_='number')`. Underscores of attributes become hyphens; None leaves out a child or an attribute."
+    "An element with its children. Underscores of attributes become hyphens; None leaves out a child or an attribute."
     words = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"' for key, value in attributes.items() if value is not None)
     return Html(f"<{name}{words}>{joined(children)}" + ("" if name in ("img", "meta", "link") else f"</{name}>"))
 

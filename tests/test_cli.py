@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 import ddcl_nb
 from ddcl_nb import data
-from ddcl_nb.cli import Plan, app, data_of, finished, seeds_of, words
+from ddcl_nb.cli import Reproduction, app, data_of, finished, seeds_of, words
 from ddcl_nb.experiments import registry
 from ddcl_nb.experiments.registry import Experiment, Log, spread
 
@@ -188,7 +188,7 @@ def test_words_of_errors():
     assert [words(e) for e in (ValueError("a\n b"), KeyError("x"), ValueError(), ImportError("no y"))] == ["a b", "KeyError: 'x'", "ValueError", "no y"]
 
 def test_what_finished_needs_its_result(tmp_path):
-    plan = Plan([], "quick", None, tmp_path)
+    plan = Reproduction([], "quick", None, tmp_path)
     assert finished(plan) == []
 
 def test_data_are_named_before_the_run(toys, monkeypatch):
