@@ -116,14 +116,17 @@ def training_curves(rows: Sequence[Mapping[str, float]], scores: Mapping[str, st
     axs[3].axhline(1, color="0.3", lw=1, ls=":")
     return figure
 
-# %% ../nbs/library/07_plots.ipynb #03a67f63
+# %% ../nbs/library/07_plots.ipynb #0ac35f99
 def bars(values: Mapping[str, Sequence[float]], ax: Axes | None = None, label: str = "") -> Axes:
-    "Mean, standard deviation and every single value of each named group."
+    "Mean, standard deviation and every single value of each named group, from top to bottom."
     ax = axes(ax)
     for i, (name, group) in enumerate(values.items()):
         group = np.asarray(group, float)
-        ax.bar(i, group.mean(), yerr=group.std(), color=palette(len(values))[i], alpha=0.55, width=0.65, capsize=3)
-        ax.plot(i + np.linspace(-0.18, 0.18, len(group)), group, ".", color="0.15", ms=4)
-    ax.set_xticks(range(len(values)), list(values))
-    ax.set_ylabel(label)
+        spread = group.std(ddof=1) if len(group) > 1 else 0.0
+        ax.barh(i, group.mean(), xerr=spread, color=palette(len(values))[i], alpha=0.55, height=0.65, capsize=3)
+        ax.plot(group, i + np.linspace(-0.18, 0.18, len(group)), ".", color="0.15", ms=3.5)
+    ax.set_yticks(range(len(values)), list(values))
+    if not ax.yaxis_inverted():
+        ax.invert_yaxis()
+    ax.set_xlabel(label)
     return ax

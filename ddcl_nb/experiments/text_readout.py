@@ -201,7 +201,7 @@ def verdict(rows: Sequence[dict]) -> str:
             f"On the mean of all tokens, cooling in tau has ACC {mean(OURS, 'acc'):.3f} and NMI {mean(OURS, 'nmi'):.3f}, k-means {mean(MEAN_BASE, 'acc'):.3f} and {mean(MEAN_BASE, 'nmi'):.3f}. "
             f"Read by logistic regression, the residual readout of all tokens has test accuracy {test['DDCL residual']:.3f}, the mean {test['mean']:.3f}, CLS {test['CLS']:.3f}.")
 
-# %% ../../nbs/experiments/02_text_readout.ipynb #f62ea4d1
+# %% ../../nbs/experiments/02_text_readout.ipynb #77fedc7f
 def draw(result: Result, docs: Tokens, data: DataSet, seed: int, out: str | Path) -> None:
     "Figures: the curves of the paper's setting, Figure 3 (prototypes in the plane of the documents), and the scores."
     plots.use_style()
@@ -225,11 +225,9 @@ def figure_3(docs: Tokens, data: DataSet, seed: int):
 
 
 def figure_scores(result: Result):
-    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(10.5, 3.6))
-    plots.bars({m.replace(", ", "\n").replace(" cooled", "\ncooled").replace(" setting", "\nsetting"): _column(result.rows, m, "acc") for m in UNSUPERVISED}, left, "ACC (no labels)")
-    plots.bars({name.replace(" ", "\n"): _column(result.rows, f"{name} + logistic regression", "test_acc") for name in SUPERVISED}, right, "test accuracy (logistic regression)")
-    for ax in (left, right):
-        ax.tick_params(axis="x", labelsize=7)
+    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(10.5, 2.4))
+    plots.bars({m: _column(result.rows, m, "acc") for m in UNSUPERVISED}, left, "ACC (no labels)")
+    plots.bars({name: _column(result.rows, f"{name} + logistic regression", "test_acc") for name in SUPERVISED}, right, "test accuracy (logistic regression)")
     return figure
 
 
