@@ -15,13 +15,14 @@ from rich.console import Console
 # %% auto #0
 __all__ = ['progress']
 
-# %% ../nbs/library/00c_progress.ipynb #3bac5f7c
+# %% ../nbs/library/00c_progress.ipynb #72918c28
 @contextmanager
 def progress(label: str, total: int, done: int = 0, show: bool | None = None, console: Console | None = None) -> Iterator[Callable[..., None]]:
     "Yield `advance(n=1, note='')` for a bar of `total` steps, `done` of them before; drawn on standard error if that is a terminal, or as `show` says."
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     console = console or Console(stderr=True, force_jupyter=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"))
     with Progress(*columns, console=console, disable=not (console.file.isatty() if show is None else show)) as bars:
-        task = bars.add_task(label, total=total, completed=done, note="")
-        yield lambda n=1, note="": bars.update(task, advance=n, note=note)
+        task = bars.add_task(escape(label), total=total, completed=done, note="")
+        yield lambda n=1, note="": bars.update(task, advance=n, note=escape(note))
