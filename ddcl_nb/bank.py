@@ -152,7 +152,7 @@ def merge_heads(x: Tensor, n_heads: int) -> Tensor:
     "`(..., H, N, m/H)` back to `(..., N, m)`; unchanged for one head."
     return x if n_heads == 1 else x.transpose(-2, -3).flatten(-2)
 
-# %% ../nbs/library/02_bank.ipynb #298e8b8f
+# %% ../nbs/library/02_bank.ipynb #38ec35ba
 class PrototypeBank(nn.Module):
     """`K` prototypes for each of `H` heads, with one temperature a head (Eqs. 2 and 6 of arXiv 2604.03850).
 
@@ -241,7 +241,7 @@ class PrototypeBank(nn.Module):
             check_inputs(z, self.prototypes, 1.0, mask)
             with torch.autocast(z.device.type, enabled=False):
                 self._follow(z.detach(), mask)
-        elif not self.calibrated and not self.insisted.any():
+        elif not torch.compiler.is_compiling() and not self.calibrated and not self.insisted.any():
             warnings.warn("this bank has seen no tokens: its temperature is a guess; call init_from or calibrate, or give temperature", stacklevel=2)
         return ddcl(z, self.prototypes, self.temperature, mask=mask, grad=self.grad, backend=self.backend)
 
