@@ -164,6 +164,20 @@ def test_a_state_with_something_after_it_is_damaged(state):
         load_state(state)
 
 
+def test_a_flipped_bit_anywhere_is_found(tmp_path):
+    tensors, meta = {"whole": torch.arange(6.0), "flag": torch.tensor(True)}, {"history": [{"loss": 0.25}]}
+    path = save_state(tmp_path / "state", tensors, meta)
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        altered = bytearray(whole)
+        altered[i] ^= 1 << i % 8
+        path.write_bytes(altered)
+        with pytest.raises(StateError, match="state is not a state of ddcl_nb, or is damaged"):
+            load_state(path)
+    path.write_bytes(whole)
+    assert load_state(path)[1] == meta
+
+
 def test_a_missing_state_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_state(tmp_path / "state")
@@ -185,14 +199,17 @@ def write_foreign(kind, path):
                "pickle": lambda: path.write_bytes(pickle.dumps(Hostile(str(path) + ".owned"))),
                "torch": lambda: torch.save({"model": Hostile(str(path) + ".owned")}, path), "zeros": lambda: path.write_bytes(bytes(1000)),
                "no metadata": lambda: save_file(TENSORS_PLAIN, path), "other metadata": lambda: save_file(TENSORS_PLAIN, path, {"format": "pt"}),
-               "no json": lambda: save_file(TENSORS_PLAIN, path, {"ddcl_nb": "{"})}
+               "no json": lambda: save_file(TENSORS_PLAIN, path, {"ddcl_nb": "{"}),
+               "no checksum": lambda: save_file(TENSORS_PLAIN, path, {"ddcl_nb": "{}"}),
+               "no object": lambda: save_state(path, TENSORS_PLAIN, [1])}
     written[kind]()
 
 
 TENSORS_PLAIN = {"whole": torch.ones(2)}
 
 
-@pytest.mark.parametrize("kind", ["text", "json", "folder", "pickle", "torch", "zeros", "no metadata", "other metadata", "no json"])
+@pytest.mark.parametrize("kind", ["text", "json", "folder", "pickle", "torch", "zeros", "no metadata", "other metadata", "no json", "no checksum",
+                                  "no object"])
 def test_foreign_files_are_named_and_never_unpickled(tmp_path, kind):
     path = tmp_path / "foreign"
     write_foreign(kind, path)

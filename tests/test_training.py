@@ -1,16 +1,18 @@
 "Training that is interrupted, killed, poisoned or falsified, and the diagnostics that it writes."
 import json
+import math
 import random
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from ddcl_nb.assign import NonFiniteInput, decompose
 from ddcl_nb.bank import PrototypeBank
@@ -47,6 +49,12 @@ def same(one, other):
     return all(a.equal(b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+def sound(found, epochs=5):
+    "Every epoch is there, every number in it finite, and the decomposition held to the last."
+    finite = all(math.isfinite(value) for row in found.history for value in row.values())
+    return len(found.history) == epochs and finite and found.last["gap"] < 1e-12
+
+
 def break_at(call):
     "A loss that is interrupted in the middle of training, at its `call`-th step."
     done = []
@@ -60,12 +68,30 @@ def break_at(call):
     return loss
 
 
+class Noisy(Dataset):
+    "Items augmented with NumPy's global random numbers."
+
+    def __len__(self):
+        return len(TOKENS)
+
+    def __getitem__(self, i):
+        return TOKENS[i] + torch.from_numpy(np.random.randn(5, 6)).float()
+
+
+def random_sampler():
+    return RandomSampler(range(len(TOKENS)), generator=torch.Generator().manual_seed(5))
+
+
 DATA = {
     "tensor": lambda: TOKENS,
     "tokens and mask": lambda: (TOKENS, KEEP),
     "dataset": lambda: TensorDataset(TOKENS, KEEP),
     "loader": lambda: DataLoader(TensorDataset(TOKENS, KEEP), 7, shuffle=True),
     "loader with a generator": lambda: DataLoader(TensorDataset(TOKENS, KEEP), 7, shuffle=True, generator=torch.Generator().manual_seed(5)),
+    "loader with a sampler": lambda: DataLoader(TensorDataset(TOKENS, KEEP), 7, sampler=random_sampler()),
+    "loader with a batch sampler": lambda: DataLoader(TensorDataset(TOKENS, KEEP), batch_sampler=BatchSampler(random_sampler(), 7, False)),
+    "loader with a worker": lambda: DataLoader(TensorDataset(TOKENS, KEEP), 7, shuffle=True, num_workers=1),
+    "dataset with noise": Noisy,
     "batches": lambda: [(t, k) for t, k in zip(TOKENS.split(7), KEEP.split(7))],
 }
 OPTIMISERS = {
@@ -119,6 +145,31 @@ def test_a_finished_run_is_read_and_not_repeated(tmp_path):
     again = Net()
     found = fit(again, TOKENS, checkpoint=tmp_path / "run", loss=break_at(1), **SETTINGS)
     assert found.history == expected.history and found.resumed_from == 5 and same(again, first) and not again.training
+
+
+@pytest.mark.parametrize("name, value", [("seed", np.int64(3)), ("epochs", np.int64(5)), ("lr", np.float64(1e-3))])
+def test_numbers_of_numpy_make_the_same_plan(tmp_path, name, value):
+    first, again = net(), Net()
+    expected = fit(first, TOKENS, checkpoint=tmp_path / "run", **(SETTINGS | {name: value}))
+    found = fit(again, TOKENS, checkpoint=tmp_path / "run", **SETTINGS)
+    assert found.resumed_from == 5 and found.history == expected.history and same(again, first)
+
+
+def test_rates_that_are_tensors_can_be_kept(tmp_path):
+    def optimiser(groups):
+        return torch.optim.Adam([group | {"lr": torch.tensor(group["lr"])} for group in groups])
+    first, again = net(), Net()
+    expected = fit(first, TOKENS, checkpoint=tmp_path / "run", optimiser=optimiser, **SETTINGS)
+    found = fit(again, TOKENS, checkpoint=tmp_path / "run", optimiser=optimiser, **SETTINGS)
+    assert sound(expected) and found.resumed_from == 5 and found.history == expected.history and same(again, first)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), np.float32(0.5), np.int64(3)])
+def test_columns_of_an_evaluation_are_kept_as_plain_numbers(tmp_path, value):
+    expected = fit(net(), TOKENS, checkpoint=tmp_path / "run", evaluate=lambda model: {"score": value}, **SETTINGS)
+    found = fit(net(), TOKENS, checkpoint=tmp_path / "run", **SETTINGS)
+    assert found.resumed_from == 5 and found.history == expected.history
+    assert expected.last["score"] == value.item() and type(expected.last["score"]) in (int, float)
 
 
 def test_resuming_can_be_declined(tmp_path):
@@ -183,11 +234,23 @@ def test_a_damaged_checkpoint_is_named_and_not_overwritten(checkpoint):
 
 
 @pytest.mark.parametrize("other", [lambda: Net(n_heads=1), lambda: DDCLAttention(6, 4), lambda: PrototypeBank(3, 6)])
-def test_a_checkpoint_of_another_model_is_named_and_not_overwritten(checkpoint, other):
-    before = checkpoint.read_bytes()
+def test_a_checkpoint_of_another_model_is_named_and_nothing_is_touched(checkpoint, other):
+    torch.manual_seed(5)  # weights other than those of the checkpoint
+    before, model = checkpoint.read_bytes(), other()
+    untouched = deepcopy(model)
     with pytest.raises(StateError, match="run is a checkpoint of another model"):
-        fit(other(), TOKENS, checkpoint=checkpoint, **SETTINGS)
-    assert checkpoint.read_bytes() == before
+        fit(model, TOKENS, checkpoint=checkpoint, **SETTINGS)
+    assert checkpoint.read_bytes() == before and same(model, untouched)
+
+
+@pytest.mark.parametrize("first, other", [("adam", "sgd"), ("adam", "momentum"), ("adam", "adamw"), ("adam", "rmsprop"), ("sgd", "adam"), ("momentum", "adam")])
+def test_a_checkpoint_of_another_optimiser_is_named_and_nothing_is_touched(tmp_path, first, other):
+    path, model = tmp_path / "run", net()
+    fit(net(), TOKENS, checkpoint=path, optimiser=OPTIMISERS[first], **SETTINGS)
+    before = path.read_bytes()
+    with pytest.raises(StateError, match="run was made with optimiser='.*', this run has optimiser='.*'; use resume=False"):
+        fit(model, TOKENS, checkpoint=path, optimiser=OPTIMISERS[other], **SETTINGS)
+    assert path.read_bytes() == before and same(model, net())
 
 
 @pytest.mark.parametrize("change", [dict(epochs=6), dict(lr=2e-3), dict(ratio=5.0), dict(seed=4), dict(batch_size=8), dict(clip=2.0), dict(init="kmeans"),
@@ -276,6 +339,37 @@ def test_a_wrong_identity_stops_training(monkeypatch):
     monkeypatch.setattr(training, "decompose", lambda *a, **k: (d := decompose(*a, **k))._replace(variance=d.variance * (1 + 1e-9)))
     with pytest.raises(DecompositionError, match="relative gap of L_q - L_OLS - V is [1-9]"):
         fit(net(), (TOKENS, KEEP), **SETTINGS)
+
+
+DISTINCT = {
+    "as many as prototypes": torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
+    "one more": torch.randn(5, 6, generator=torch.Generator().manual_seed(0)),
+    "one-hot": torch.eye(4),
+}
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.3, 1000.0])
+@pytest.mark.parametrize("distinct", DISTINCT)
+def test_a_few_distinct_tokens_again_and_again_are_no_false_alarm(distinct, offset):
+    tokens = (DISTINCT[distinct] + offset).repeat(30, 1)
+    assert sound(fit(PrototypeBank(4, tokens.shape[-1]), tokens, epochs=3, anneal=Anneal(0.1, 0.001)), epochs=3)
+
+
+def test_tokens_far_from_the_origin_are_no_false_alarm():
+    assert sound(fit(PrototypeBank(3, 6), TOKENS + 1e4, **SETTINGS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_in_another_precision_is_no_false_alarm(dtype):
+    model = net().to(dtype)
+    assert sound(fit(model, TOKENS.to(dtype), **SETTINGS)) and {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_autocast_is_no_false_alarm():
+    def loss(model, tokens):
+        with torch.autocast("cpu", torch.bfloat16):
+            return bank_loss(model, tokens)
+    assert sound(fit(net(), TOKENS, loss=loss, **SETTINGS))
 
 
 # --- diagnostics
@@ -401,14 +495,22 @@ def test_the_random_state_of_the_caller_is_untouched(tmp_path):
     assert torch.get_rng_state().equal(states[0]) and random.getstate() == states[1] and (np.random.get_state()[1] == states[2]).all()
 
 
-@pytest.mark.parametrize("data", ["tensor", "loader"])
+@pytest.mark.parametrize("data", ["tensor", "loader", "loader with a worker", "dataset with noise"])
 def test_the_random_state_of_the_caller_does_not_matter(data):
     results = []
     for state in (1, 2):
         model = net()
         torch.manual_seed(state)
+        np.random.seed(state)
         results.append((model, fit(model, DATA[data](), **SETTINGS).history))
     assert results[0][1] == results[1][1] and same(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("data", ["loader with a generator", "loader with a sampler", "loader with a batch sampler"])
+def test_one_loader_gives_two_runs_the_same_batches(data):
+    loader, first, second = DATA[data](), net(), net()
+    expected = fit(first, loader, **SETTINGS)
+    assert fit(second, loader, **SETTINGS).history == expected.history and same(first, second)
 
 
 def test_the_seed_matters():
@@ -420,6 +522,60 @@ def test_training_lowers_the_loss_and_leaves_the_model_in_evaluation():
     history = fit(bank, TOKENS, epochs=20, lr=1e-2, anneal=Anneal(0.9, 0.05), init="random").history
     assert history[-1]["recon"] < 0.9 * history[0]["recon"] and not bank.training
     assert json.loads(json.dumps(history)) == history
+
+
+class Named(nn.Module):
+    "Calls its bank with keywords alone."
+
+    def __init__(self):
+        super().__init__()
+        self.bank = PrototypeBank(3, 6)
+
+    def forward(self, tokens, mask=None):
+        return self.bank(tokens=tokens, mask=mask)
+
+
+class Chain(nn.Module):
+    "Two layers in a row, which may be one layer twice; `used` of them are called."
+
+    def __init__(self, tied, used=2):
+        super().__init__()
+        self.one = DDCLAttention(6, 3)
+        self.two = self.one if tied else DDCLAttention(6, 3)
+        self.used = used
+
+    def forward(self, tokens, mask=None):
+        out = self.one(tokens, mask)
+        return self.two(out.output, mask) if self.used == 2 else out
+
+
+def test_a_bank_called_with_keywords_is_trained():
+    model = Named()
+    assert sound(fit(model, (TOKENS, KEEP), **SETTINGS))
+    positional = PrototypeBank(3, 6)
+    fit(positional, (TOKENS, KEEP), **SETTINGS)
+    assert same(model.bank, positional)
+
+
+def test_a_layer_that_is_called_twice_has_one_bank():
+    model = Chain(tied=True)
+    found = fit(model, (TOKENS, KEEP), **SETTINGS)
+    assert sound(found) and list(banks(model)) == ["one.bank"] and "one.bank.0.loss" not in found.last
+
+
+def test_a_bank_without_tokens_is_named_and_can_be_left_alone():
+    model = Chain(tied=False, used=1)
+    with pytest.raises(ValueError, match="no tokens reached the bank"):
+        fit(model, (TOKENS, KEEP), **SETTINGS)
+    idle = deepcopy(model.two)
+    assert sound(fit(model, (TOKENS, KEEP), **(SETTINGS | dict(init=None))))
+    assert model.two.bank.prototypes.equal(idle.bank.prototypes)
+
+
+def test_a_mask_of_integers_is_a_mask():
+    boolean, integer = net(), net()
+    expected = fit(boolean, (TOKENS, KEEP), **SETTINGS)
+    assert fit(integer, (TOKENS, KEEP.long()), **SETTINGS).history == expected.history and same(integer, boolean)
 
 
 def test_evaluation_adds_columns_in_evaluation_mode():
