@@ -266,7 +266,7 @@ def _fused_forward(z, bank, T, chunks):
         out.append((centred + origin, squared + excess, recon, variance, entropy, squared - T * log_z, index, centred))
     return [torch.cat(parts) for parts in zip(*out)]
 
-# %% ../nbs/library/00_assign.ipynb #50fa7a9d
+# %% ../nbs/library/00_assign.ipynb #67504f3d
 def _held_fixed(x, centroid, g):
     "What tokens ask of the bank with q fixed: vectors (N, m) to be summed by q, scalars (N,) that multiply p_k, and dz."
     anchor, pull = x - centroid, g.recon + g.loss
@@ -288,13 +288,13 @@ def _logit_gradient(wish, q, index, table, of_entropy):
     u = wish @ table[:, :-1].mT
     if of_entropy.any():
         u -= of_entropy[:, None] * q.clamp_min(torch.finfo(q.dtype).tiny).log()
-    u -= torch.einsum("nk,nk->n", q, u)[:, None]
+    u -= torch.linalg.vecdot(q, u)[:, None]
     t = u.mul_(q).scatter_(-1, index, 0)
     M, _, others = (t @ table).split([table.shape[-1] - 2, 1, 1], -1)
     return t.scatter_(-1, index, -others), torch.addcmul(M, others, table[index[:, 0], :-2], value=-1)
 
 
-def _fused_backward(z, bank, T, saved, g, through, chunks):
+def _fused_backward(z, bank, T, saved, g, through, chunks, with_temperature):
     "Gradients of one head with respect to tokens (N, m), prototypes (K, m) and temperature ()."
     origin = bank.mean(-2, keepdim=True)
     bank = bank - origin
@@ -308,15 +308,16 @@ def _fused_backward(z, bank, T, saved, g, through, chunks):
         vector, scalar, dz[rows] = _held_fixed(x, centroid, part)
         by_q.addmm_(q.mT, torch.cat([vector, scalar[:, None]], -1))
         if any(through):
-            top, index = logits.max(-1, keepdim=True)
+            index = saved.index[rows, None]
             t, pull = _logit_gradient(_wish(x, centroid, part, through), q, index, table, through[1] * part.entropy)
             dz[rows] += (2 / T) * pull
-            dT -= torch.einsum("nk,nk->", t, logits.sub_(top)) / T
+            if with_temperature:
+                dT -= t.flatten() @ logits.sub_(logits.gather(-1, index)).flatten() / T
             by_t.addmm_(t.mT, torch.cat([x, torch.ones_like(x[:, :1])], -1))
     dbank = by_q[:, :-1] + 2 * bank * by_q[:, -1:] + (2 / T) * (by_t[:, :-1] - bank * by_t[:, -1:])
     return dz, dbank, dT
 
-# %% ../nbs/library/00_assign.ipynb #118de35b
+# %% ../nbs/library/00_assign.ipynb #8548aed5
 class _Gradients(NamedTuple):
     "Incoming gradients, one per differentiable output."
     centroids: Tensor
@@ -331,6 +332,7 @@ class _Saved(NamedTuple):
     "What the backward pass keeps beside its inputs: O(N m) numbers."
     centred: Tensor
     entropy: Tensor
+    index: Tensor
 
 
 class _Fused(torch.autograd.Function):
@@ -341,7 +343,7 @@ class _Fused(torch.autograd.Function):
         chunks = _chunks(z.shape[1], *bank.shape[1:], z.device)
         per_head = [_fused_forward(z[h], bank[h], T[h], chunks) for h in range(len(z))]
         *outputs, index, centred = (torch.stack(parts) for parts in zip(*per_head))
-        ctx.save_for_backward(z, bank, T, centred, outputs[4])
+        ctx.save_for_backward(z, bank, T, centred, outputs[4], index)
         ctx.through = through
         ctx.mark_non_differentiable(index)
         return *outputs, index
@@ -354,7 +356,7 @@ class _Fused(torch.autograd.Function):
                 return *_differentiable_backward(z, bank, T, ctx.through, gradients[:-1]), None
             chunks = _chunks(z.shape[1], *bank.shape[1:], z.device)
             per_head = [_fused_backward(z[h], bank[h], T[h], _Saved(*(s[h] for s in saved)), _Gradients(*(g[h] for g in gradients[:-1])),
-                                        ctx.through, chunks) for h in range(len(z))]
+                                        ctx.through, chunks, ctx.needs_input_grad[2]) for h in range(len(z))]
         return *(torch.stack(parts) for parts in zip(*per_head)), None
 
 
