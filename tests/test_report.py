@@ -1,5 +1,5 @@
 "The page of results: what it says, that it escapes everything and asks for nothing, and how it looks on a phone."
-import base64, re, shutil
+import base64, re
 from html.parser import HTMLParser
 
 import pytest
@@ -8,8 +8,6 @@ from hypothesis import given, strategies as st
 from ddcl_nb.experiments.registry import Result
 from ddcl_nb.report import COLUMNS, Html, best, comparison, keys_and_measures, number, page, strip, summary_table, tag, with_deviation, write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 METHODS = ("k-means", "DDCL, paper's setting", "DDCL cooled in tau, 32 prototypes and a tree over them")
 
@@ -129,15 +127,6 @@ def test_errors_name_the_argument(tmp_path):
 
 def test_a_page_of_anything():
     assert Tags(page("Title", "Lead", tag("p", "text"))).seen.count("p") == 2
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM: pytest.skip("browser checks need chromium, which was not found")
-    api = pytest.importorskip("playwright.sync_api", reason="browser checks need playwright, which is not installed")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 CONTRAST = """() => {
     const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);

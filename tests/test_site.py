@@ -12,8 +12,6 @@ sys.path.append(str(ROOT / "docs"))
 from names import Names
 from translate import to_myst
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 READY = """async () => {
     const unset = () => [...document.querySelectorAll('.math')].some(e => !e.querySelector('mjx-container'));
@@ -45,15 +43,6 @@ def address(site):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM: pytest.skip("browser checks need chromium, which was not found")
-    api = pytest.importorskip("playwright.sync_api", reason="browser checks need playwright, which is not installed")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 @pytest.fixture
 def tab(browser, address):
