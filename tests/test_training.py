@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
+from ddcl_nb import losses, training
 from ddcl_nb.assign import NonFiniteInput, decompose
 from ddcl_nb.bank import PrototypeBank
 from ddcl_nb.layers import DDCLAttention, DDCLReadout
@@ -608,3 +609,65 @@ def test_unsuitable_data_are_named(data, error, message):
 def test_a_model_without_a_known_loss_asks_for_one():
     with pytest.raises(TypeError, match="the model returned Tensor.*give fit a loss"):
         fit(nn.Linear(6, 6), TOKENS, **(SETTINGS | dict(init=None)))
+
+
+class Coder(nn.Module):
+    "A linear encoder with a decoder, so that every anchor has what it needs."
+
+    def __init__(self, n_heads=1):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(6, 4), nn.Linear(4, 6)
+        self.bank = PrototypeBank(3, 4, n_heads=n_heads, temperature=0.3)
+
+    def forward(self, tokens, mask=None):
+        return self.bank(self.encode(tokens), mask)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2])
+@pytest.mark.parametrize("name", training.ANCHORS)
+def test_an_anchor_is_its_loss_on_the_tokens_that_count(name, n_heads):
+    torch.manual_seed(0)
+    model, tokens = Coder(n_heads).eval(), TOKENS.clone()
+    z = model.encode(tokens[KEEP])
+    alone = {"repulsion": lambda: losses.repulsion(model.bank.prototypes), "variance_floor": lambda: losses.variance_floor(z),
+             "decorrelation": lambda: losses.decorrelation(z), "reconstruction": lambda: losses.reconstruction(model.decode(z), tokens[KEEP]),
+             "on_sphere": lambda: (z - losses.on_sphere(z)).square().sum(-1).mean()}[name]()
+    anchored = training.Anchored(bank_loss, training.anchor_settings({name: 3.0}))
+    torch.testing.assert_close(anchored(model, tokens, KEEP), bank_loss(model, tokens, KEEP) + 3 * alone)
+    tokens[~KEEP] = 1e6
+    torch.testing.assert_close(anchored(model, tokens, KEEP), bank_loss(model, TOKENS, KEEP) + 3 * alone)
+
+
+def test_an_anchor_holds_the_scale_of_an_encoder_that_shrinks_without_it():
+    scale = {}
+    for anchors in (None, {"variance_floor": {"weight": 10.0, "floor": 0.5}}):
+        torch.manual_seed(0)
+        model = Coder()
+        fit(model, TOKENS, epochs=60, batch_size=24, lr=1e-2, anchors=anchors, init="random")
+        scale[anchors is None] = float(model.encode(TOKENS).detach().flatten(0, 1).std(0).mean())
+    assert scale[True] < 0.2 and scale[False] > 0.4
+
+
+@pytest.mark.parametrize("anchors", [{"on_sphere": 2.0}, {"reconstruction": {"weight": 0.5}, "variance_floor": {"floor": 0.7}}])
+def test_a_run_with_anchors_resumes_under_the_same_anchors_only(tmp_path, anchors):
+    path, settings = tmp_path / "run.safetensors", {**SETTINGS, "anneal": None}
+    torch.manual_seed(0)
+    whole, broken = Coder(), Coder()
+    broken.load_state_dict(whole.state_dict())
+    fit(whole, TOKENS, anchors=anchors, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, TOKENS, anchors=anchors, checkpoint=path, loss=break_at(10), **settings)
+    with pytest.raises(StateError, match="was made with anchors="):
+        fit(broken, TOKENS, anchors={"repulsion": 1.0}, checkpoint=path, **settings)
+    assert fit(broken, TOKENS, anchors=anchors, checkpoint=path, **settings).resumed_from and same(whole, broken)
+
+
+@pytest.mark.parametrize("anchors, message", [
+    ({"floor": 1.0}, "anchors must be among .*; got 'floor'"), ({"repulsion": 0.0}, "weight of repulsion must be positive and finite, got 0.0"),
+    ({"variance_floor": {"weight": math.nan}}, "weight of variance_floor"), ({"repulsion": "much"}, "weight of repulsion")])
+def test_anchors_that_make_no_sense_are_named_before_anything_is_trained(anchors, message):
+    model = Coder()
+    before = deepcopy(model)
+    with pytest.raises(ValueError, match=message):
+        fit(model, TOKENS, anchors=anchors, epochs=1)
+    assert same(model, before)
