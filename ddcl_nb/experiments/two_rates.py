@@ -131,7 +131,7 @@ RATIO = 10
 def measured_epochs(size: Size) -> list[int]:
     return sorted({0, size.short, size.epochs, *np.geomspace(1, size.epochs, 30).round().astype(int).tolist()})
 
-# %% ../../nbs/experiments/03_two_rates.ipynb #fe72f263
+# %% ../../nbs/experiments/03_two_rates.ipynb #7a0baa1f
 class Together(nn.Module):
     "Runs under one rule, each with its own head of a bank; prototypes start from k-means."
 
@@ -140,7 +140,7 @@ class Together(nn.Module):
         x, _, axes = drawn(size.data, size.images, seed)
         torch.manual_seed(seed)
         self.runs = nn.ModuleList(Run(axes, ratio, anchor) for ratio, anchor in runs)
-        self.bank = PrototypeBank(CLASSES, WIDTH * len(runs), n_heads=len(runs), grad=rule.grad, momentum=1.0)
+        self.bank = PrototypeBank(CLASSES, WIDTH * len(runs), n_heads=len(runs), grad=rule.grad, backend="matmul", momentum=1.0)
         with torch.no_grad():
             z = self.embed(x)
             tokens = {"sphere" in run.anchor: part for run, part in zip(self.runs, self.per_run(z))}
