@@ -149,18 +149,23 @@ def _evaluate(model: nn.Module, loss_fn: Callable[..., Tensor], batch: tuple) ->
         raise ValueError("the loss depends on no trainable parameter")
     return loss.reshape(())
 
-# %% ../nbs/library/06b_stability.ipynb #c24b5d84
+# %% ../nbs/library/06b_stability.ipynb #e03c64f5
 def _signs(name: str, bank: PrototypeBank, calls: Sequence[tuple[Tensor, Tensor | None, DDCLOutput]], loss: Tensor) -> Iterator[BankSigns]:
     "The signs of every head of one bank."
     pulls = _pulls(bank, calls, loss)
     clouds = [torch.cat(parts) for parts in zip(*(bank._clouds(tokens, mask) for tokens, mask, _ in calls))]
     S = separation(bank.prototypes.reshape(bank.n_heads, bank.n_prototypes, -1))
     for head, z in enumerate(clouds):
-        variance, temperature = float(largest_variance(z)), float(bank.temperature.reshape(-1)[head])
+        variance, temperature = _beyond_rounding(z, float(largest_variance(z))), float(bank.temperature.reshape(-1)[head])
         critical = CURVATURE[bank.grad] * variance
         used = torch.cat([(out.indices if bank.n_heads == 1 else out.indices.movedim(-2, 0)[head]).flatten() for *_, out in calls]).unique()
         yield BankSigns(name, head if bank.n_heads > 1 else None, critical, temperature, temperature / critical if critical else math.inf, math.sqrt(variance),
                         float(S.mean[head]), float(S.minimum[head]), bank.n_prototypes - int((used >= 0).sum()), pulls[head] if pulls else None)
+
+
+def _beyond_rounding(z: Tensor, variance: float) -> float:
+    "A variance, or zero if it may be rounding."
+    return variance if variance > (8 * torch.finfo(z.dtype).eps * float(z.detach().abs().amax())) ** 2 else 0.0
 
 
 def _pulls(bank: PrototypeBank, calls, loss: Tensor) -> list[float] | None:
