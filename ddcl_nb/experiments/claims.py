@@ -15,7 +15,8 @@ from pathlib import Path
 from ..storage import write_text
 
 # %% auto #0
-__all__ = ['CLAIMS', 'Claim', 'Evidence', 'verdict', 'Record', 'read_evidence', 'anchor', 'ledger', 'ledger_table']
+__all__ = ['CLAIMS', 'VERDICTS', 'Claim', 'Evidence', 'verdict', 'conditions', 'Record', 'read_evidence', 'anchor', 'ledger',
+           'ledger_table', 'ledger_details']
 
 # %% ../../nbs/library/10a_claims.ipynb #e6dae659
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ CLAIMS: dict[int, Claim] = {
 }
 "The paper's claims by their number in the ledger."
 
-# %% ../../nbs/library/10a_claims.ipynb #87ef9483
+# %% ../../nbs/library/10a_claims.ipynb #ff6fb19d
 @dataclass(frozen=True)
 class Evidence:
     "One test of a claim: a proof or a measurement, found under a heading of a chapter."
@@ -67,16 +68,23 @@ class Evidence:
         object.__setattr__(self, "supports", bool(self.supports))
 
 
+VERDICTS = ("holds", "does not hold", "holds in part", "open")
+
+
 def verdict(evidence: Sequence[Evidence]) -> str:
-    "`holds`, `does not hold`, `holds when ...; not when ...`, or `open`. Raises `ValueError` when evidence is mixed and does not say when."
+    "One of `VERDICTS`. Raises `ValueError` when evidence points both ways and does not say when."
     if not evidence:
         return "open"
     if len({e.supports for e in evidence}) == 1:
         return "holds" if evidence[0].supports else "does not hold"
     if nameless := [e.fact for e in evidence if not e.when]:
         raise ValueError(f"evidence on claim {evidence[0].claim} is mixed, and does not say when: {nameless[0]}")
-    conditions = {side: "; ".join(dict.fromkeys(e.when for e in evidence if e.supports is side)) for side in (True, False)}
-    return f"holds when {conditions[True]}; not when {conditions[False]}"
+    return "holds in part"
+
+
+def conditions(evidence: Sequence[Evidence], supports: bool) -> list[str]:
+    "The conditions under which evidence supports a claim, or speaks against it, each once."
+    return list(dict.fromkeys(e.when for e in evidence if e.supports is supports and e.when))
 
 # %% ../../nbs/library/10a_claims.ipynb #b4cea076
 class Record:
@@ -107,7 +115,7 @@ def read_evidence(results: str | Path) -> list[Evidence]:
             raise ValueError(f"{path.name} is not a record of evidence ({type(error).__name__}: {error})") from None
     return found
 
-# %% ../../nbs/library/10a_claims.ipynb #79ee7337
+# %% ../../nbs/library/10a_claims.ipynb #d8dcd26d
 def anchor(heading: str) -> str:
     "The address of a heading within its page."
     kept = "".join(c for c in heading.lower() if c.isalnum() or c in " -_")
@@ -125,17 +133,32 @@ def ledger(evidence: Iterable[Evidence]) -> list[dict]:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    "Text for a cell of a Markdown table; a bar inside mathematics becomes `\\vert`."
+    return " ".join(text.replace("|", "\\vert ").split())
 
 
-def _test(e: Evidence) -> str:
-    "One piece of evidence as a line of the table, linked to where it was found."
-    condition = f" ({e.when})" if e.when else ""
-    return f"[{e.kind}]({e.chapter}.ipynb#{anchor(e.heading)}): {e.fact}{condition}: {e.value}"
+def _link(text: str, e: Evidence) -> str:
+    return f"[{text}]({e.chapter}.ipynb#{anchor(e.heading)})"
+
+
+def _places(evidence: Sequence[Evidence]) -> str:
+    "How many tests there are, and a link to each heading under which they stand."
+    counts = [f"{n} {kind}{'s' * (n > 1)}" for kind in ("proof", "measurement") if (n := sum(e.kind == kind for e in evidence))]
+    first = {(e.chapter, e.heading): e for e in reversed(evidence)}
+    return ", ".join(counts) + ": " + ", ".join(_link(heading, e) for (_, heading), e in sorted(first.items(), key=lambda item: evidence.index(item[1]))) if evidence else ""
 
 
 def ledger_table(lines: Sequence[Mapping]) -> str:
-    "The ledger in Markdown, with links to the chapters beside it."
-    body = [[str(line["claim"]), line["statement"], line["source"], f"**{line['verdict']}**", "<br>".join(map(_test, line["evidence"]))] for line in lines]
-    rows = [["#", "the paper's claim", "where", "verdict", "tests"], ["---"] * 5, *body]
+    "A line for each claim in Markdown, with links to the chapters beside it."
+    body = [[str(line["claim"]), f"{line['statement']} ({line['source']})", f"**{line['verdict']}**", _places(line["evidence"])] for line in lines]
+    rows = [["#", "the paper's claim", "verdict", "tests"], ["---"] * 4, *body]
     return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+
+
+def ledger_details(line: Mapping) -> str:
+    "Everything that was found about one claim, in Markdown: what supports it first, then what speaks against it."
+    items = [f"**{line['claim']}. {line['statement'][:1].upper()}{line['statement'][1:]}** ({line['source']}): *{line['verdict']}*", ""]
+    for e in sorted(line["evidence"], key=lambda e: not e.supports):
+        condition = f", when {e.when}" if e.when else ""
+        items.append(f"- {'for' if e.supports else 'against'}{condition}: {e.fact}: {e.value} ({_link(e.kind, e)})")
+    return "\n".join(items)
