@@ -34,7 +34,7 @@ __all__ = ['WIDTH', 'CLASSES', 'SIZES', 'STRENGTH', 'ANCHORS', 'RULES', 'RATIO',
            'steps', 'write_curves', 'read_curves', 'chosen', 'column', 'table', 'verdict', 'draw', 'traced', 'figure_6',
            'figure_time', 'figure_anchors']
 
-# %% ../../nbs/experiments/03_two_rates.ipynb #0bfd5319
+# %% ../../nbs/experiments/03_two_rates.ipynb #8d60e910
 WIDTH = CLASSES = 10
 
 
@@ -50,7 +50,7 @@ class Size:
     seeds: range = range(5)
 
 
-SIZES = {"quick": Size("digits", 500, 40, 400, (1, 10, 100)), "full": Size("mnist", 1000, 300, 3000, (1, 3, 10, 30, 100))}
+SIZES = {"quick": Size("digits", 500, 30, 300, (1, 10, 100)), "full": Size("mnist", 1000, 300, 3000, (1, 3, 10, 30, 100))}
 
 
 @lru_cache(maxsize=2)
@@ -263,7 +263,7 @@ def read_curves(path: str | Path) -> list[dict]:
     with open(path, encoding="utf-8", newline="") as file:
         return [{name: value if name in ("rule", "anchor") else float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
-# %% ../../nbs/experiments/03_two_rates.ipynb #7f88e8d2
+# %% ../../nbs/experiments/03_two_rates.ipynb #e39d7c24
 OURS = "variance floor + decorrelation"
 
 
@@ -280,7 +280,7 @@ def column(rows: Sequence[dict], name: str, **setting) -> np.ndarray:
 def table(rows: Sequence[dict]) -> list[dict]:
     "Lines of the comparison at ratio 10: means and standard deviations over seeds."
     paper = {"rule": "paper's T"}
-    names = {"acc_short": "ACC at the paper's last epoch", "acc": "ACC after ten times as many", "s_min": "$S_{min}$ after ten times as many", "scale": "scale of the embedding after ten times as many"}
+    names = {"acc_short": "ACC at the paper's last epoch", "acc": "ACC after ten times as many", "s_min": "smallest separation after ten times as many", "scale": "scale of the embedding after ten times as many"}
     start = {"acc_short": "acc_start", "acc": "acc_start", "s_min": "s_min_start", "scale": "scale_start"}
     return [{"data": rows[0]["data"], "measure": words, "paper": None, "paper_kmeans": None, "papers_setting": spread(column(rows, name, **paper)),
              "kmeans": spread(column(rows, start[name], **paper)), "ours": spread(column(rows, name, anchor=OURS))} for name, words in names.items()]
