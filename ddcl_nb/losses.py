@@ -28,7 +28,10 @@ def repulsion(prototypes: Tensor,  # `(K, m)` or `(H, K, m)`
               gamma: float = 1e-3,  # strength of the repulsion; squared units of the tokens
               confinement: float = 1e-4,  # strength of the pull to the origin; no unit
               ) -> Tensor:  # `()`
-    "`confinement * sum |p_k|^2 - gamma * sum_{i<j} ln |p_i - p_j|^2`: with `F_T` or `L_q` collapse-free at every temperature."
+    """`confinement * sum |p_k|^2 - gamma * sum_{i<j} ln |p_i - p_j|^2`: with `F_T` or `L_q` collapse-free at every temperature.
+
+    Prototypes that are exactly equal have no direction to part in and feel no push; any difference above rounding is enough.
+    A gamma of about a thousandth of the critical temperature costs little; a tenth of it throws prototypes out of the data."""
     for name, value in (("gamma", gamma), ("confinement", confinement)):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
