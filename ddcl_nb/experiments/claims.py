@@ -86,7 +86,7 @@ def conditions(evidence: Sequence[Evidence], supports: bool) -> list[str]:
     "The conditions under which evidence supports a claim, or speaks against it, each once."
     return list(dict.fromkeys(e.when for e in evidence if e.supports is supports and e.when))
 
-# %% ../../nbs/library/10a_claims.ipynb #b4cea076
+# %% ../../nbs/library/10a_claims.ipynb #30e060e3
 class Record:
     "The evidence of one chapter, in the order in which it is found; `write` keeps it for the ledger."
 
@@ -110,7 +110,7 @@ def read_evidence(results: str | Path) -> list[Evidence]:
     found = []
     for path in sorted((Path(results) / "theory").glob("*.json")):
         try:
-            found += [Evidence(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+            found += [Evidence(**row) for row in list.__iter__(json.loads(path.read_text(encoding="utf-8")))]
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path.name} is not a record of evidence ({type(error).__name__}: {error})") from None
     return found
