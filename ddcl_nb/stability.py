@@ -25,10 +25,10 @@ from .temperature import CURVATURE, largest_variance
 from .training import _call, _to_device, banks, param_groups
 
 # %% auto #0
-__all__ = ['PIECES', 'LIMIT_OF_PULL', 'SETTLED', 'MERGED', 'WIDER', 'ROWS_AT_ONCE', 'MERGING', 'BankSigns', 'StabilityReport',
-           'stability_report', 'StabilityWarning', 'Watch', 'watch']
+__all__ = ['PIECES', 'LIMIT_OF_PULL', 'SETTLED', 'MERGED', 'WIDER', 'ROWS_AT_ONCE', 'MERGING', 'BankSigns', 'called',
+           'StabilityReport', 'stability_report', 'StabilityWarning', 'Watch', 'watch']
 
-# %% ../nbs/library/06b_stability.ipynb #f30e48c4
+# %% ../nbs/library/06b_stability.ipynb #8bf4dd28
 @dataclass(frozen=True)
 class BankSigns:
     "One head of one bank on a batch. Squares of the tokens' unit: `critical`, `temperature`; the unit itself: `scale` and separations."
@@ -44,7 +44,13 @@ class BankSigns:
     pull: float | None  # d ln L / d ln c for a common scale c of tokens and prototypes; None if the tokens cannot move
 
     def __str__(self) -> str:
-        return (self.name or "the bank") + ("" if self.head is None else f", head {self.head}")
+        return called(self.name, self.head)
+
+
+def called(name: str, head: int | None = None) -> str:
+    "How a bank, or one of its heads, is spoken of: a module's name, or `bank 1` where that is a number."
+    known = name if any(c.isalpha() for c in name) else f"bank {name}" if name else "the bank"
+    return known if head is None else f"{known}, head {head}"
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,7 @@ def _speed(curvature: Curvature, parameters: Sequence[Tensor], optimiser, precon
         return sharpness(curvature, rates) / limits(momentum=group["momentum"])["momentum"]
     return None
 
-# %% ../nbs/library/06b_stability.ipynb #943fe0d3
+# %% ../nbs/library/06b_stability.ipynb #9397739e
 LIMIT_OF_PULL, SETTLED, MERGED = 0.5, 1e-3, 1e-3
 "Above which pull nothing holds the scale; below which descent a model is at an equilibrium; at which share of the scale prototypes count as one."
 
@@ -246,7 +252,7 @@ def _judged(r: StabilityReport) -> tuple[str, str, str]:
     pulled = max((b for b in r.banks if b.pull is not None), key=lambda b: b.pull, default=None)
     if pulled and pulled.pull > LIMIT_OF_PULL and r.descent > SETTLED:
         return ("shrinking", f"the loss falls by {pulled.pull:.2g}% for each percent by which the tokens of {pulled} shrink: at this point nothing holds their scale",
-                "add an anchor to the encoder: a task or reconstruction loss, 'variance_floor', or 'on_sphere'")
+                "add an anchor to the encoder that holds its scale and its dimensions: 'variance_floor' with 'decorrelation', a task loss, or reconstruction by a tied or fixed decoder")
     if r.speed is not None and r.speed >= 1:
         return "too fast", f"the learning rates are {r.speed:.2f} times the largest stable ones: training leaves any equilibrium here", f"divide the learning rates by at least {r.speed:.2f}"
     return _judged_by_curvature(r)
@@ -273,7 +279,7 @@ def _reason(r: StabilityReport, where: str) -> str:
         return f" ({unused} prototypes are nearest to no token of the batch)"
     return "" if where == "prototypes" else " (turning the embedding and its prototypes together is such a direction)"
 
-# %% ../nbs/library/06b_stability.ipynb #14a13c4f
+# %% ../nbs/library/06b_stability.ipynb #eb797e51
 def stability_report(model: nn.Module,
                      loss_fn: Callable[..., Tensor],  # `loss_fn(model, *batch)`, a scalar, as `fit` takes it
                      batch: Tensor | Sequence,  # one batch, or its one tensor
@@ -336,12 +342,12 @@ def _curvatures(curvature: Curvature, tolerance: float) -> dict:
 
 
 def _notes(model: nn.Module, calls: _Calls, signs: Sequence[BankSigns]) -> list[str]:
-    notes = [f"{name or 'the bank'} was not used by this loss" for name in banks(model) if name not in calls.of]
+    notes = [f"{called(name)} was not used by this loss" for name in banks(model) if name not in calls.of]
     notes += [f"the tokens of {b} in this batch are all equal: they have no critical temperature; take a larger batch" for b in signs if not b.critical]
     notes += [f"{b} holds its assignments fixed: curvatures are those of the free energy, whose gradient it follows" for b in signs if dict(banks(model))[b.name].grad != "full" and not b.head]
     return notes + ([] if banks(model) else ["the model holds no prototype bank"])
 
-# %% ../nbs/library/06b_stability.ipynb #5daf0a5e
+# %% ../nbs/library/06b_stability.ipynb #f4f8bd0b
 class StabilityWarning(UserWarning):
     "A model is about to collapse, to shrink, or to lose a prototype."
 
@@ -394,7 +400,7 @@ class Watch:
         for head, values in enumerate(zip(*(column.tolist() for column in columns.values()))):
             row = {"step": self._steps[name], "bank": name, "head": head, "separation_min": float(S[head]), **dict(zip(columns, values))}
             self.rows.append(row)
-            self._judge(row, f"{name or 'the bank'}", bank.n_heads, moving)
+            self._judge(row, called(name, head if bank.n_heads > 1 else None), moving)
 
     def _separation(self, name: str, bank: PrototypeBank) -> Tensor:
         "Smallest distance of two prototypes, `(H,)`: of a block of them against all, the other blocks as last seen."
@@ -406,11 +412,10 @@ class Watch:
         self._nearest[name][:, rows] = d.amin(-1).cpu()
         return self._nearest[name].amin(-1)
 
-    def _judge(self, row: dict, bank: str, n_heads: int, moving: bool) -> None:
+    def _judge(self, row: dict, of: str, moving: bool) -> None:
         "Compare a row with the first one and the last one of the same head."
         key = (row["bank"], row["head"])
         first, last, widest = self._past.setdefault(key, (row, row, row["separation_min"]))
-        of = f"{bank}, head {row['head']}" if n_heads > 1 else bank
         if last["tau"] < 1 <= row["tau"]:
             self._warn((*key, "tau", row["step"]), row, f"tau of {of} rose above 1 ({row['tau']:.2f}): it will collapse; lower T, or let it follow tau (set_tau, Anneal)")
         if moving and row["scale"] > 0 and (halvings := math.floor(math.log2(max(1.0, first["scale"] / row["scale"])))):
