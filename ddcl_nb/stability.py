@@ -25,10 +25,10 @@ from .temperature import CURVATURE, largest_variance
 from .training import _call, _to_device, banks, param_groups
 
 # %% auto #0
-__all__ = ['PIECES', 'LIMIT_OF_PULL', 'SETTLED', 'MERGED', 'WIDER', 'ROWS_AT_ONCE', 'MERGING', 'BankSigns', 'called',
+__all__ = ['PIECES', 'FLOOR', 'LIMIT_OF_PULL', 'SETTLED', 'MERGED', 'WIDER', 'ROWS_AT_ONCE', 'MERGING', 'BankSigns', 'called',
            'StabilityReport', 'stability_report', 'StabilityWarning', 'Watch', 'watch']
 
-# %% ../nbs/library/06b_stability.ipynb #8bf4dd28
+# %% ../nbs/library/06b_stability.ipynb #a578174a
 @dataclass(frozen=True)
 class BankSigns:
     "One head of one bank on a batch. Squares of the tokens' unit: `critical`, `temperature`; the unit itself: `scale` and separations."
@@ -100,11 +100,16 @@ class StabilityReport:
                        "rates": {name: rates._asdict() for name, rates in self.rates.items()}})
 
     def __str__(self) -> str:
-        lines = [f"{self.status}: {self.verdict}", f"  change: {self.change}" if self.change else None, *(f"  note: {note}" for note in self.notes),
-                 *(f"  {b}: T = {b.temperature:.3g}, T_c = {b.critical:.3g}, tau = {b.tau:.3g}, S_min = {b.separation_min:.3g}, scale = {b.scale:.3g}" for b in self.banks),
-                 f"  kappa = {self.kappa:.3g}, lambda_max(H_TT) = {self.lambda_max:.3g}, |H_TP| = {self.coupling:.3g}, Schur margin = {self.schur_margin:.3g}, kappa / M = {self.tikhonov:.3g}",
-                 *(f"  {name}: eta_P < {r.eta_P:.3g}, eta_theta < {r.eta_theta:.3g}" for name, r in self.rates.items())]
+        curvatures = {"kappa": self.kappa, "lambda_max(H_TT)": self.lambda_max, "|H_TP|": self.coupling, "Schur margin": self.schur_margin, "kappa / M": self.tikhonov}
+        lines = [f"{self.status}: {self.verdict}", self.change and f"  change: {self.change}", *(f"  note: {note}" for note in self.notes),
+                 *(f"  {b}: {_listed({'T': b.temperature, 'T_c': b.critical, 'tau': b.tau, 'S_min': b.separation_min, 'scale': b.scale})}" for b in self.banks),
+                 f"  {_listed(curvatures)}", *(f"  {name}: {_listed(rates._asdict(), ' < ')}" for name, rates in self.rates.items())]
         return "\n".join(line for line in lines if line)
+
+
+def _listed(values: dict[str, float], sign: str = " = ") -> str:
+    "`name = value` for those that exist."
+    return ", ".join(f"{name}{sign}{value:.3g}" for name, value in values.items() if not math.isnan(value))
 
 
 def _plain(x):
@@ -195,9 +200,11 @@ def _along(x: Tensor, gradient: Tensor | None, n_heads: int) -> Tensor:
     product = x * gradient
     return product.movedim(-3, 0).flatten(1).sum(1) if n_heads > 1 else product.sum()[None]
 
-# %% ../nbs/library/06b_stability.ipynb #c64a52ea
+# %% ../nbs/library/06b_stability.ipynb #566caa8e
 PIECES = 8
 "Pieces of a batch whose squared gradients stand for Adam's running mean."
+FLOOR = 1e-4
+"Least squared gradient of a parameter, as a share of the mean over its tensor: one that vanishes on a few pieces by chance would not do so for long."
 
 
 def _preconditioner(model: nn.Module, loss_fn: Callable, batch: tuple, parameters: Sequence[Tensor], optimiser) -> np.ndarray:
@@ -222,7 +229,7 @@ def _squared_gradients(model: nn.Module, loss_fn: Callable, batch: tuple, parame
     for piece in pieces:
         for t, g in zip(total, torch.autograd.grad(loss_fn(model, *piece), parameters, allow_unused=True)):
             t += 0 if g is None else g.square() / len(pieces)
-    return total
+    return [t.clamp_min(FLOOR * float(t.mean())) for t in total]
 
 
 def _speed(curvature: Curvature, parameters: Sequence[Tensor], optimiser, preconditioner: np.ndarray) -> float | None:
@@ -238,7 +245,7 @@ def _speed(curvature: Curvature, parameters: Sequence[Tensor], optimiser, precon
         return sharpness(curvature, rates) / limits(momentum=group["momentum"])["momentum"]
     return None
 
-# %% ../nbs/library/06b_stability.ipynb #9397739e
+# %% ../nbs/library/06b_stability.ipynb #87dd2175
 LIMIT_OF_PULL, SETTLED, MERGED = 0.5, 1e-3, 1e-3
 "Above which pull nothing holds the scale; below which descent a model is at an equilibrium; at which share of the scale prototypes count as one."
 
@@ -247,7 +254,7 @@ def _judged(r: StabilityReport) -> tuple[str, str, str]:
     "Status, verdict in words, and the one thing to change."
     hot = max((b for b in r.banks if b.critical), key=lambda b: b.tau, default=None)
     if hot and hot.tau >= 1:
-        return ("collapse", f"T of {hot} is {hot.tau:.2f} times its critical temperature: one point for all prototypes is stable there, and they will fall into it",
+        return ("collapse", f"T of {hot} is {hot.tau:.2f} times its critical temperature: one point for all prototypes is stable there, and they tend to fall into it",
                 f"lower T below {hot.critical:.3g}, or set tau below 1 (set_tau), or add the anchor 'repulsion'")
     pulled = max((b for b in r.banks if b.pull is not None), key=lambda b: b.pull, default=None)
     if pulled and pulled.pull > LIMIT_OF_PULL and r.descent > SETTLED:

@@ -117,7 +117,9 @@ def split_temperatures(tokens: Tensor,  # `(N, m)` or `(..., N, m)`
                        mask: Tensor | None = None,  # `(..., N)`
                        grad: str = "stop",  # `stop` or `full`
                        ) -> Tensor:  # `(K,)`, squared units of the tokens, float64; 0 for an unused prototype
-    "The temperature at which each prototype's share of the data would split in two: `2 lambda_max(C_k)` (or 4, full gradient)."
+    """The temperature at which each prototype's share of the data would split in two: `2 lambda_max(C_k)`, or 4 for the full gradient.
+
+    Exact for stop-gradient and for the first split; further down the full gradient of neighbouring shares adds terms of a few percent."""
     if grad not in CURVATURE:
         raise ValueError(f"grad must be one of {', '.join(CURVATURE)}; got {grad!r}")
     check_inputs(tokens, prototypes, temperature, mask)
