@@ -4,7 +4,7 @@
     python docs/build.py --readme         README.md
     python docs/build.py --check-readme   fails when README.md is not what the notebooks say
 """
-import argparse, os, shutil, subprocess, sys
+import argparse, base64, os, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -14,7 +14,7 @@ from names import Names
 from pages import (CONFIG, NOTEBOOKS, PACKAGE, ROOT, defined_names, directives, fail, is_exported, is_hidden, is_meant, is_visible,
                    read_pages, shown_name, source_label, unquoted, visible_code)
 from readme import readme_is_stale, write_readme
-from translate import code_spans, to_myst
+from translate import code_spans, mathematics, to_myst
 
 STAGING = ROOT / "_site_src"
 SECTIONS = {
@@ -26,6 +26,8 @@ SECTIONS = {
 ICONS = {"theory": "superscript", "library": "cubes", "experiments": "flask", "guides": "compass"}
 MATHJAX = ["mathjax/tex-chtml.js", "mathjax/input", "mathjax/a11y", "mathjax/ui", "mathjax/sre",
            "@mathjax/mathjax-newcm-font/chtml", "@mathjax/mathjax-newcm-font/chtml.js"]
+
+WIDE = 800  # pixels; on a phone, wider pictures scroll
 
 def sections(pages):
     "The folders that have notebooks: those of SECTIONS first, in that order."
@@ -43,8 +45,16 @@ def shown_names(pages, names):
 def markdown_cell(text):
     return nbformat.v4.new_markdown_cell(text)
 
-def code_settings(options):
-    "MyST-NB's tags and metadata for Quarto's cell options."
+def as_text(lines):
+    "What a notebook file may keep as a list of lines."
+    return lines if isinstance(lines, str) else "".join(lines)
+
+def picture_width(data):
+    "Pixels, from the header of a PNG in an output's `data`; zero when there is none."
+    return int.from_bytes(base64.b64decode(as_text(data.get("image/png", ""))[:32])[16:20], "big")
+
+def code_settings(options, outputs=()):
+    "MyST-NB's tags and metadata for Quarto's cell options; wide pictures get a class of their own."
     hides = [("echo", "remove-input"), ("output", "remove-output"), ("warning", "remove-stderr")]
     tags, settings = [tag for option, tag in hides if options.get(option) == "false"], {}
     if "code-fold" in options:
@@ -56,6 +66,8 @@ def code_settings(options):
         if "label" in options: settings["figure"]["name"] = options["label"]
     alt = options.get("fig-alt") or options.get("fig-cap")
     if alt: settings["image"] = {"alt": unquoted(alt)}
+    if any(picture_width(found.get("data", {})) > WIDE for found in outputs):
+        settings["image"] = settings.get("image", {}) | {"classes": "wide"}
     return {"tags": tags, "mystnb": settings}
 
 def output(raw):
@@ -104,7 +116,7 @@ class Site:
         if cell.cell_type == "markdown": yield markdown_cell(self.translate(cell.source, page))
         elif shown_name(cell): yield from self.entry(shown_name(cell), page)
         elif visible_code(cell) and not is_hidden(cell) and not is_exported(cell):
-            yield self.code_cell(visible_code(cell), directives(cell), cell.outputs)
+            yield self.code_cell(visible_code(cell), directives(cell), [self.output(raw, page) for raw in cell.outputs])
 
     def entry(self, short, page):
         full = self.names.resolve(short, page.name)
@@ -112,7 +124,15 @@ class Site:
         if full in self.shown: yield markdown_cell(self.entries.entry(full, page, skip=self.shown))
 
     def code_cell(self, code, options, outputs):
-        return nbformat.v4.new_code_cell(code, metadata=code_settings(options), outputs=[output(raw) for raw in outputs])
+        return nbformat.v4.new_code_cell(code, metadata=code_settings(options, outputs), outputs=outputs)
+
+    def output(self, raw, page):
+        "A stored output; Markdown in it is translated like that of the page, and formulas in tables are marked."
+        found = output(raw)
+        changes = {"text/markdown": lambda text: self.translate(text, page), "text/html": mathematics}
+        data = found.get("data", {})
+        for kind in changes.keys() & data.keys(): data[kind] = changes[kind](as_text(data[kind]))
+        return found
 
     def stage(self, page):
         lead = f"\n\n{{.lead}}\n{page.summary}" if page.summary else ""

@@ -11,6 +11,7 @@ CITATIONS = re.compile(r"\[(@[a-z]+\d{4}[\w-]*(?:; *@[a-z]+\d{4}[\w-]*)*)(?:, ([
 CITATION = re.compile(r"(?<![\w\[/.;@])@([a-z]+\d{4}[\w-]*)")
 NOTEBOOK = re.compile(r"(\]\()(?!\w+:)([^()#\s]*\.ipynb)")
 PICTURE = re.compile(r"(!\[[^\]]*\]\(|<img[^>]*? src=\")(?!\w+:|/)([^\s\")]+)")
+TEX = re.compile(r"(?<![\\\w$])\$(?=\S)([^$<>\n]+?)(?<=\S)\$(?![\w$])")
 ROLES = {"eq": "eq", "fig": "numref", "sec": "ref"}
 WORDS = {"eq": "the equation", "fig": "the figure", "sec": "the section"}
 
@@ -90,6 +91,10 @@ def to_myst(text, link):
     text = CALLOUT.sub(admonition, text)
     text = outside_code(prose_to_myst, text)
     return link_spans(text, link)
+
+def mathematics(html):
+    "HTML, such as a table of pandas, with `$x$` marked as MathJax expects it."
+    return TEX.sub(r'<span class="math">\\(\1\\)</span>', html)
 
 def to_github(text, link, site, folder):
     "The same for a README beside the folder of notebooks: pages become addresses of the site, pictures paths."

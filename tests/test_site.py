@@ -1,5 +1,5 @@
 "The site as a reader meets it: built from the notebooks, served from a local address, opened in a browser."
-import functools, http.server, shutil, subprocess, sys, threading
+import functools, http.server, re, shutil, subprocess, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "docs"))
 
+from ddcl_nb.experiments.claims import anchor, read_evidence
 from names import Names
-from translate import to_myst
+from translate import mathematics, page_name, to_myst
 
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 READY = """async () => {
@@ -19,9 +20,12 @@ READY = """async () => {
     await Promise.all([...document.images].map(image => image.decode().catch(() => 0)));
 }"""
 FAULTS = """() => ({
+    'formulas left as text': [...document.querySelectorAll('article :is(p, li, td, th, figcaption, h1, h2, h3)')].flatMap(e => [...e.childNodes])
+        .filter(n => n.nodeType === Node.TEXT_NODE && n.data.includes('$')).map(n => n.data),
     'formulas not rendered': [...document.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container')).length,
     'formulas with errors': document.querySelectorAll('mjx-merror, [data-mjx-error]').length,
     'pictures not shown': [...document.images].filter(i => !i.naturalWidth).map(i => i.src),
+    'pictures too small to read': [...document.querySelectorAll('.cell_output img')].filter(i => i.clientWidth < 0.4 * i.naturalWidth).map(i => i.alt),
     'pixels too wide': Math.max(0, document.documentElement.scrollWidth - innerWidth),
 })"""
 
@@ -98,6 +102,10 @@ def test_notebook_markdown_becomes_myst():
     assert convert("::: {.callout-tip}\n## Cold\nSay it.\n:::") == ":::{admonition} Cold\n:class: tip\n\nSay it.\n:::"
     assert convert("mail a@b2020.org, code `@eq-x`") == "mail a@b2020.org, code `@eq-x`"
 
+def test_formulas_in_tables_are_marked_and_prices_are_not():
+    assert mathematics("<th>median $S_{min}$ / start</th>") == r'<th>median <span class="math">\(S_{min}\)</span> / start</th>'
+    assert mathematics("<td>$5</td><td>from $5 to $6</td>") == "<td>$5</td><td>from $5 to $6</td>"
+
 @pytest.mark.parametrize("span, wrong", [
     ("ddcl(tokens, prototypes, 1.0)", False), ("assignements(tokens)", True), ("ddcl_nb.assign.ddcl", False), ("ddcl_nb.asign", True),
     ("PrototypeBank.separation", False), ("PrototypeBank.seperation", True), ("softmax(x)", False), ("f(x)", False), ("K = 3", False)])
@@ -111,6 +119,16 @@ def test_dead_links_are_found(tmp_path):
 
 def test_no_link_is_dead(site):
     assert not list(dead_links(site))
+
+def test_the_ledger_leads_to_the_heading_of_every_test(site):
+    links = Page(site / "theory" / "ledger.html").links
+    expected = {f"{page_name(e.chapter)}.html#{anchor(e.heading)}" for e in read_evidence(ROOT / "results")}
+    assert expected and expected <= links
+
+def test_figures_count_from_one_on_every_page(site):
+    for name in content_pages(site):
+        found = re.findall(r'class="caption-number">Figure (\d+)', (site / name).read_text(encoding="utf-8"))
+        assert list(map(int, found)) == list(range(1, len(found) + 1)), name
 
 def test_every_page_is_whole_and_fits_a_phone(site, address, tab):
     tab.set_viewport_size(PHONE)
@@ -133,15 +151,15 @@ def test_formulas_and_figures_are_shown(section, mark, shown, site, address, tab
     tab.evaluate(READY)
     assert tab.locator(shown).first.is_visible()
 
-def test_search_finds_a_public_name(address, tab):
+@pytest.mark.parametrize("words, found", [("ddcl", "ddcl_nb.assign.ddcl"), ("critical temperature", "Collapse and the critical temperature")])
+def test_search_finds_names_and_titles(words, found, address, tab):
     tab.goto(address)
     tab.wait_for_load_state("load")
     tab.locator("button.search-button__button:visible").first.click()
-    tab.locator("dialog input[type=search]").fill("ddcl")
+    tab.locator("dialog input[type=search]").fill(words)
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/search.html*")
-    tab.wait_for_selector("ul.search li a")
-    assert any("ddcl_nb.assign.ddcl" in link for link in tab.locator("ul.search li a").all_inner_texts())
+    tab.locator("ul.search li a", has_text=found).first.wait_for()
 
 def test_dark_and_light(address, tab):
     def brightness(scheme):

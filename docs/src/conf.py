@@ -53,3 +53,11 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
+
+def number_figures_by_page(app, env):
+    "Each page is read alone: its figures count from one."
+    for figures in env.toc_fignumbers.values():
+        for labels in figures.values(): labels.update({label: (i,) for i, label in enumerate(labels, 1)})
+
+def setup(app):
+    app.connect("env-check-consistency", number_figures_by_page)
