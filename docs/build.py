@@ -26,7 +26,6 @@ SECTIONS = {
 ICONS = {"theory": "superscript", "library": "cubes", "experiments": "flask", "guides": "compass"}
 MATHJAX = ["mathjax/tex-chtml.js", "mathjax/input", "mathjax/a11y", "mathjax/ui", "mathjax/sre",
            "@mathjax/mathjax-newcm-font/chtml", "@mathjax/mathjax-newcm-font/chtml.js"]
-
 WIDE = 800  # pixels; on a phone, wider pictures scroll
 
 def sections(pages):
@@ -65,7 +64,7 @@ def code_settings(options, outputs=()):
         settings["figure"] = {"caption": unquoted(options["fig-cap"])}
         if "label" in options: settings["figure"]["name"] = options["label"]
     alt = options.get("fig-alt") or options.get("fig-cap")
-    if alt: settings["image"] = {"alt": unquoted(alt)}
+    if alt: settings["image"] = {"alt": unquoted(alt).replace("$", "")}
     if any(picture_width(found.get("data", {})) > WIDE for found in outputs):
         settings["image"] = settings.get("image", {}) | {"classes": "wide"}
     return {"tags": tags, "mystnb": settings}
