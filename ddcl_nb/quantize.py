@@ -154,7 +154,7 @@ def _check_others(others: dict) -> None:
             continue
         raise TypeError(f"DDCLQuantize takes no argument {name} (got {value!r})" + (f": {REPLACED[name]}" if name in REPLACED else ""))
 
-# %% ../nbs/library/03a_quantize.ipynb #078fb531
+# %% ../nbs/library/03a_quantize.ipynb #86370c0e
 class DDCLQuantize(nn.Module):
     """Vector quantiser with `heads` product codes and `num_quantizers` residual stages of `codebook_size` prototypes each.
 
@@ -335,7 +335,7 @@ class DDCLQuantize(nn.Module):
         return total
 
     def _learn(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        "Soft values `(..., d)` for the decoder, indices `(..., S, H)`, and the prototypes' part of the loss; statistics move on."
+        "Soft values `(..., d)` for the decoder, indices `(..., S, H)`, and the prototypes' part of the loss (zero in the warm-up); statistics move on."
         wide = tokens.detach().to(torch.promote_types(tokens.dtype, torch.float32))
         self._advance(wide, mask)
         rest, loss, found = wide, 0.0, []
@@ -346,7 +346,7 @@ class DDCLQuantize(nn.Module):
             found.append(out.indices[..., None] if self.heads == 1 else out.indices.movedim(-2, -1))
             loss = loss + token_mean(out.loss, mask, self.heads) / self.dim
             rest = rest - soft
-        return wide - rest if self.started else wide, torch.stack(found, -2), loss
+        return wide - rest if self.started else wide, torch.stack(found, -2), loss * self.started
 
     def _soft(self, stage: Stage, z: Tensor, mask: Tensor | None):
         "Soft centroids in the tokens' unit, `(..., d)`, and the assignment, of tokens in standard units."

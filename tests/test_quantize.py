@@ -1,6 +1,7 @@
 "The quantiser as its users know it: exact decoding, padding, precision, export, saving, and the interface of vector-quantize-pytorch."
 import copy
 import io
+import socket
 import warnings
 
 import pytest
@@ -50,7 +51,7 @@ def test_codes_are_sums_of_the_codebook(kind):
     assert torch.equal(layer.get_codes_from_indices(layer.encode(x)).flatten(0, 1), total)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.floats(1e-4, 1e4), st.floats(-1e2, 1e2), st.sampled_from(sorted(SHAPES)))
 def test_units_of_the_tokens_do_not_matter(scale, shift, kind):
     x, y = cloud(300, 6).double(), cloud(50, 6, seed=1).double()
@@ -129,7 +130,7 @@ def test_the_whole_course_of_training():
             layer.reset_usage()
         x = cloud(64, 6, seed=step) * spread
         out = layer(x)
-        assert torch.equal(out.quantized, x) == (step < 3)
+        assert torch.equal(out.quantized, x) == (step < 3) == (out.loss == 0)
         assert bool(layer.started) == (step >= 3)
         optimiser.zero_grad()
         out.loss.backward()
@@ -205,7 +206,7 @@ def test_autocast_keeps_distances_in_float32(kind):
     assert all(b.dtype != torch.bfloat16 for b in layer.bfloat16().buffers() if b is not layer.latest)
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", ["one", "both"])
 def test_encode_is_exported(kind):
     layer, x = fitted(kind), cloud(3, 5, 6, seed=1)
     B, N = torch.export.Dim("B"), torch.export.Dim("N")
@@ -220,7 +221,7 @@ def test_encode_is_exported(kind):
     assert torch.equal(torch.export.export(Encoder(layer), (maps,)).module()(maps), layer.encode(maps))
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", ["one", "both"])
 def test_encode_runs_as_onnx(kind, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"{package} is not installed: torch.onnx needs it")
@@ -241,6 +242,31 @@ def test_no_collective_in_forward(monkeypatch):
     layer = DDCLQuantize(6, 8, warmup=1)
     for step in range(4):
         layer(cloud(64, 6, seed=step)).loss.backward()
+
+
+def train_in_parallel(rank, port, results):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), DDCLQuantize(6, 8, heads=2, num_quantizers=2, warmup=3, anneal=Anneal(0.1, 0.01, 10)))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimiser = torch.optim.Adam(param_groups(parallel))
+    for step in range(8):
+        out = parallel(x := cloud(40, 6, seed=2 * step + rank))
+        optimiser.zero_grad()
+        (out.loss + (out.quantized - x).square().mean()).backward()
+        optimiser.step()
+    torch.save([bool(model[1].started), [p.detach() for p in model.parameters()]], f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_keep_one_codebook(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(train_in_parallel, (port, str(tmp_path)), nprocs=2)
+    (started, here), (_, there) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert started and all(torch.equal(a, b) for a, b in zip(here, there))
 
 
 @pytest.mark.parametrize("kind", ["one", "heads", "stages"])
