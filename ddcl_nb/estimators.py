@@ -29,8 +29,8 @@ from .storage import StateError, load_state, save_state
 from .temperature import Anneal
 
 # %% auto #0
-__all__ = ['SHORTEST_PERSISTENCE', 'TOKENS_PER_PROTOTYPE', 'FEWEST_TOKENS', 'MOST_NUMBERS', 'LINKAGES', 'MOST_CLUSTERS',
-           'MERGING_TAU', 'Stage', 'persistence', 'DDCLClusterer']
+__all__ = ['SHORTEST_PERSISTENCE', 'TOKENS_PER_PROTOTYPE', 'FEWEST_TOKENS', 'MOST_NUMBERS', 'SECOND_START', 'LINKAGES',
+           'MOST_CLUSTERS', 'MERGING_TAU', 'Stage', 'persistence', 'DDCLClusterer']
 
 # %% ../nbs/library/09a_estimators.ipynb #94aec4b0
 class _Units(NamedTuple):
@@ -165,14 +165,14 @@ def _supported(taus, counts, limit: int) -> int:
     best = max(lasted, key=lasted.get, default=1)
     return best if lasted.get(best, 0) > SHORTEST_PERSISTENCE else 1
 
-# %% ../nbs/library/09a_estimators.ipynb #90964325
+# %% ../nbs/library/09a_estimators.ipynb #c05dc114
 def _nearest_two(z: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Index of the nearest prototype, and the squared distances to the nearest and the second, `(N,)` each."
+    "Index of the nearest prototype, and the squared distances to the nearest and the second (the same where there is one), `(N,)` each."
     parts = []
     for rows in _chunks(len(z), *p.shape, z.device):
         squared = torch.addmm(p.square().sum(-1), z[rows], p.mT, alpha=-2)
-        two = squared.topk(2, largest=False)
-        parts.append((two.indices[:, 0], *(two.values + z[rows].square().sum(-1, keepdim=True)).clamp_min(0).unbind(-1)))
+        two = (squared if len(p) > 1 else squared.expand(-1, 2)).topk(2, largest=False)
+        parts.append((two.indices[:, 0] % len(p), *(two.values + z[rows].square().sum(-1, keepdim=True)).clamp_min(0).unbind(-1)))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -237,9 +237,13 @@ def _moves(cost: Tensor, gain: Tensor, p: Tensor) -> list[tuple[int, int]]:
         touched |= {source, target, neighbour[source]}
     return moves
 
-# %% ../nbs/library/09a_estimators.ipynb #1144dcdc
+# %% ../nbs/library/09a_estimators.ipynb #493d3b73
 TOKENS_PER_PROTOTYPE, FEWEST_TOKENS, MOST_NUMBERS = 400, 10_000, 2**25
 "The cooling sees so many tokens for each prototype, at least so many, and keeps `tokens x prototypes` below the last."
+
+
+SECOND_START = 2**17
+"Up to so many `tokens x prototypes` the hard way also tries a start that was cooled softly."
 
 
 def _sample(z: Tensor, w: Tensor, n_prototypes: int, random: np.random.RandomState) -> tuple[Tensor, Tensor]:
@@ -260,10 +264,13 @@ def _filled(z: Tensor, p: Tensor, n_prototypes: int) -> Tensor:
     return p
 
 
-def _hard(z: Tensor, w: Tensor, p: Tensor, sample: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    "Exchanges on the sample, then k-means of scikit-learn on all tokens: prototypes and steps."
-    start = _exchange(*sample, p).numpy()
-    fitted = KMeans(len(p), init=start, n_init=1).fit(z.numpy(), sample_weight=w.numpy() * len(w))
+def _hard(z: Tensor, w: Tensor, starts: list[Tensor], sample: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    "Exchanges on the sample, the better of the starts, then k-means of scikit-learn on all tokens: prototypes and steps."
+    starts = [_lloyd(*sample, _exchange(*sample, p), 10) for p in starts]
+    p, spent = starts[0][0], float(sample[1] @ starts[0][1][1])
+    for other, (_, nearest, _) in starts[1:]:
+        p = other if float(sample[1] @ nearest) < spent * (1 - 1e-6) else p
+    fitted = KMeans(len(p), init=p.numpy(), n_init=1).fit(z.numpy(), sample_weight=w.numpy() * len(w))
     return torch.from_numpy(fitted.cluster_centers_), int(fitted.n_iter_)
 
 
@@ -280,7 +287,7 @@ def _soft(z: Tensor, w: Tensor, n_prototypes: int, tau: float, sample: tuple[Ten
                 break
     return p, taken
 
-# %% ../nbs/library/09a_estimators.ipynb #26cc7cde
+# %% ../nbs/library/09a_estimators.ipynb #2cb03951
 class DDCLClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """Clustering by cooling prototypes (deterministic annealing, Rose 1998; stop-gradient DDCL in EM form) for scikit-learn.
 
@@ -333,7 +340,7 @@ class DDCLClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         self.n_iter_ += 1
         self._centre_clusters()
         self._describe(X, weight)
-        self._distortion += self.inertia_
+        self._total, self._distortion = self._total + float(weight.sum()), self._distortion + self.inertia_
         self._measure_temperature()
         return self
 
@@ -440,7 +447,10 @@ class DDCLClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             p, steps = _soft(z, w, n, tau, sample, random.randint(2**31 - 1))
         else:
             p = next(s.prototypes for s in reversed(path) if len(s.prototypes) == n) if automatic else path[-1].prototypes
-            p, steps = _hard(z, w, _filled(sample[0], p, n), sample)
+            starts = [_filled(sample[0], p, n)]
+            if not automatic and n > 1 and len(sample[0]) * n <= SECOND_START:
+                starts.append(_soft(*sample, n, 0.05, sample, 0)[0])
+            p, steps = _hard(z, w, starts, sample)
         self.n_iter_ += steps
         return p, tau
 
@@ -459,7 +469,7 @@ class DDCLClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     def _measure_temperature(self) -> None:
         "Set `temperature_` and `tau_`: what was asked for, or the width of the clusters."
-        width = 2 * self._distortion / (max(self._masses.sum() if hasattr(self, "_masses") else 0, self._total) * self.prototypes_.shape[1])
+        width = 2 * self._distortion / (self._total * self.prototypes_.shape[1])
         self.temperature_ = self._soft_tau * self.critical_temperature_ if self._soft_tau is not None else width
         self.tau_ = self.temperature_ / self.critical_temperature_ if self.critical_temperature_ else 0.0
 
@@ -526,7 +536,7 @@ MERGING_TAU = 0.02
 def _is_integer(value) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
-# %% ../nbs/library/09a_estimators.ipynb #6f94322c
+# %% ../nbs/library/09a_estimators.ipynb #7ffc2a32
 _FORMAT = "ddcl_nb.estimators.DDCLClusterer 1"
 _ARRAYS = ("prototypes_", "prototype_labels_", "cluster_centers_", "labels_", "probabilities_", "cooling_", "_masses")
 _SCALARS = ("n_clusters_", "n_features_in_", "n_iter_", "inertia_", "temperature_", "critical_temperature_", "tau_", "_soft_tau", "_total", "_distortion")
@@ -550,6 +560,8 @@ def _restored(cls, arrays: dict[str, np.ndarray], meta: dict) -> DDCLClusterer:
     for name in _SCALARS:
         setattr(model, name, meta["scalars"][name])
     model._units = _Units(arrays["_origin"], float(meta["spread"]))
+    if wrong := [name for name in _SCALARS if not isinstance(meta["scalars"][name], (Real, type(None)) if name == "_soft_tau" else Real)]:
+        raise ValueError(f"{wrong[0]} is {meta['scalars'][wrong[0]]!r}, not a number")
     P, K, m = len(model.prototypes_), model.n_clusters_, model.n_features_in_
     expected = {"prototypes_": (P, m), "prototype_labels_": (P,), "cluster_centers_": (K, m), "_masses": (P,), "_origin": (m,)}
     if wrong := [name for name, shape in expected.items() if arrays[name].shape != shape]:
