@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ['DENSE', 'Curvature', 'Spectrum', 'spectrum', 'dominant', 'top', 'schur_product', 'coupling', 'limits', 'sharpness',
            'Rates', 'largest_rates']
 
-# %% ../nbs/library/06a_curvature.ipynb #66b62c1e
+# %% ../nbs/library/06a_curvature.ipynb #0554cb7c
 class Curvature:
     """Products with the Hessian of `loss` at the present parameters. `P` stands for the prototypes, `T` for all others.
 
@@ -54,7 +54,10 @@ class Curvature:
         if not pairs:
             return np.zeros(self.size(rows))
         found = torch.autograd.grad([g for g, _ in pairs], targets, [v for _, v in pairs], retain_graph=True, allow_unused=True)
-        return _vector([torch.zeros_like(p) if f is None else f for f, p in zip(found, targets)])
+        product = _vector([torch.zeros_like(p) if f is None else f for f, p in zip(found, targets)])
+        if not np.isfinite(product).all():
+            raise ValueError("the loss has no finite second derivative at these parameters and this batch")
+        return product
 
 
 def _vector(tensors: Sequence[Tensor]) -> np.ndarray:
@@ -65,7 +68,7 @@ def _split(vector: np.ndarray, like: Sequence[Tensor]) -> list[Tensor]:
     pieces = np.split(vector, np.cumsum([t.numel() for t in like])[:-1]) if like else []
     return [torch.as_tensor(piece, dtype=t.dtype, device=t.device).view_as(t) for piece, t in zip(pieces, like)]
 
-# %% ../nbs/library/06a_curvature.ipynb #5f9f06d8
+# %% ../nbs/library/06a_curvature.ipynb #affc51f8
 DENSE = 48
 "Matrices up to this size are built from their columns and solved exactly."
 
@@ -95,7 +98,7 @@ def spectrum(product: Callable[[np.ndarray], np.ndarray], size: int, tolerance: 
 
 def dominant(product: Callable[[np.ndarray], np.ndarray], size: int, tolerance: float = 1e-6) -> tuple[float, float]:
     "The eigenvalue of largest size by SciPy's Lanczos, and the relative tolerance at which it converged: wider than asked if it had to be."
-    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
     start = product(np.random.default_rng(0).standard_normal(size))
     if size == 1 or not np.any(start):
         return float(product(np.ones(size))[0]), tolerance
@@ -104,7 +107,7 @@ def dominant(product: Callable[[np.ndarray], np.ndarray], size: int, tolerance: 
         try:
             values = eigsh(operator, 1, which="LM", v0=start, tol=tolerance, ncv=min(size, 40), maxiter=8, return_eigenvectors=False)
             return float(values[0]), tolerance
-        except ArpackError:
+        except ArpackNoConvergence:
             if tolerance > 1e-2:
                 raise
             tolerance *= 10

@@ -118,10 +118,16 @@ def _centroid(q: Tensor, z: Tensor, prototypes: Tensor, count: Tensor) -> Tensor
     return (q.sum(-2, keepdim=True) @ prototypes / count[..., None, None]).flatten(1)
 
 
+def _unit(x: Tensor) -> Tensor:
+    "Vectors of length one, zero where they were zero; differentiable twice there too."
+    squared = x.square().sum(-1, keepdim=True)
+    return x * torch.where(squared > 0, squared, 1).rsqrt()
+
+
 def _residual(q: Tensor, z: Tensor, prototypes: Tensor, count: Tensor) -> Tensor:
     origin = prototypes.mean(-2, keepdim=True)
     pulled = q.mT @ (z - origin) - q.sum(-2)[..., None] * (prototypes - origin)  # (B, H, K, m/H)
-    return nn.functional.normalize(nn.functional.normalize(pulled, dim=-1).flatten(1), dim=-1)
+    return _unit(_unit(pulled).flatten(1))
 
 
 POOLS = {"histogram": _histogram, "centroid": _centroid, "residual": _residual}

@@ -14,7 +14,7 @@ from ddcl_nb.bank import PrototypeBank, separation
 from ddcl_nb.curvature import Curvature, coupling, largest_rates, limits, schur_product, spectrum
 from ddcl_nb.layers import DDCLAttention, DDCLReadout, PrototypeFFN
 from ddcl_nb.stability import StabilityWarning, stability_report, watch
-from ddcl_nb.training import bank_loss, banks, fit, param_groups
+from ddcl_nb.training import Anchored, anchor_settings, bank_loss, banks, fit, param_groups
 
 TOKENS = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.tensor([3.0, 2, 1.5, 1, 0.5], dtype=torch.float64)
 
@@ -380,3 +380,124 @@ def test_parts_without_any_coupling():
     curvature = Curvature(a.square().sum() + 3 * b.sum(), [a], [b])
     assert coupling(curvature) == 0 and spectrum(lambda v: curvature.product("T", "T", v), 4) == (0, 0, 0)
     assert largest_rates(curvature, 1.0, 2.0).eta_theta == pytest.approx(1.0) and np.all(schur_product(curvature)(np.ones(4)) == 0)
+
+
+@pytest.mark.parametrize("pool", ["histogram", "centroid", "residual"])
+def test_sequences_that_are_masked_entirely_are_no_obstacle(pool):
+    torch.manual_seed(0)
+    readout = DDCLReadout(5, 3, pool=pool, proto_dim=4, tau=0.2).double()
+    x, keep = torch.randn(6, 9, 5, dtype=torch.float64), torch.arange(9) < torch.tensor([9, 4, 1, 0, 7, 3])[:, None]
+    readout.init_from(x, mask=keep)
+    report = stability_report(readout, lambda m, x, mask: (out := m(x, mask)).loss + out.output.pow(3).mean(), (x, keep))
+    assert math.isfinite(report.lambda_max)
+    none = stability_report(readout, lambda m, x, mask: m(x, mask).loss + m.project_in.weight.square().sum(), (x, keep & False))
+    assert not none.banks and any("no token that counts reached" in note for note in none.notes)
+
+
+@pytest.mark.parametrize("size", [1, 8, 15])
+def test_a_loss_that_refuses_small_pieces_is_reported(size):
+    loss = Anchored(bank_loss, anchor_settings({"variance_floor": 1.0}))
+    weighted = lambda m, x, w: (m(x).loss * w).sum() / w.sum()
+    assert stability_report(coder(), loss, TOKENS[:size]).rates["Adam"].eta_P > 0
+    assert stability_report(coder(), weighted, (TOKENS, (torch.arange(60) > 20).double())).rates["Adam"].eta_P > 0
+
+
+def test_a_loss_without_a_second_derivative_is_named():
+    with pytest.raises(ValueError, match="no finite second derivative"):
+        stability_report(coder(), lambda m, x: bank_loss(m, x) + (m.encode(x) * 0).norm(), TOKENS)
+
+
+def test_a_field_that_is_no_gradient_is_noted():
+    for grad, loss, approximate in (("stop", lambda m, x: m(x).variance.mean(), True), ("stop", bank_loss, False), ("stop-loss", lambda m, x: m(x).centroids.square().mean(), False)):
+        assert any("approximate" in note for note in stability_report(coder(grad=grad), loss, TOKENS).notes) == approximate
+
+
+@pytest.mark.parametrize("settings, share", [({"momentum": 0.9}, 1), ({"momentum": 0.9, "nesterov": True}, 2.8), ({"momentum": 0.5, "dampening": 0.5}, 0.5 * 1.9 / 1.5)])
+def test_every_kind_of_momentum_has_its_own_limit(settings, share):
+    model = coder()
+    bound = stability_report(model, anchored, TOKENS).rates["momentum"]
+    groups = [{**g, "lr": bound.eta_P if g["name"] == "prototypes" else bound.eta_theta} for g in param_groups(model)]
+    assert stability_report(model, anchored, TOKENS, optimiser=torch.optim.SGD(groups, **settings)).speed == pytest.approx(share, rel=1e-3)
+
+
+def test_a_parameter_without_moments_does_not_hide_those_of_the_others():
+    model = coder()
+    optimiser = torch.optim.Adam(param_groups(model))
+    for _ in range(3):
+        optimiser.zero_grad()
+        anchored(model, TOKENS).backward()
+        optimiser.step()
+    alone = stability_report(model, anchored, TOKENS, optimiser=optimiser).speed
+    model.extra = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimiser.add_param_group({"params": [model.extra]})
+    assert stability_report(model, anchored, TOKENS, optimiser=optimiser).speed == pytest.approx(alone, rel=1e-3)
+
+
+def test_what_cannot_collapse_is_not_told_that_it_will():
+    single = PrototypeBank(1, 5, tau=1.3).double()
+    single.init_from(TOKENS)
+    frozen = coder(tau=1.3)
+    frozen.bank.prototypes.requires_grad_(False)
+    apart = Anchored(anchored, anchor_settings({"repulsion": 1.0}))
+    reports = stability_report(single, bank_loss, TOKENS), stability_report(frozen, anchored, TOKENS), stability_report(coder(tau=1.3), apart, TOKENS)
+    assert [r.status == "collapse" for r in reports] == [False] * 3
+
+
+@pytest.mark.parametrize("constant", [0, -5])
+def test_a_shrinking_encoder_is_seen_whatever_the_constant_of_the_loss(constant):
+    assert stability_report(coder(grad="stop"), lambda m, x: bank_loss(m, x) + constant, TOKENS).status == "shrinking"
+
+
+def test_a_normalised_embedding_is_not_called_shrinking():
+    model = coder(grad="stop")
+    model.encode.append(nn.BatchNorm1d(4, affine=False, track_running_stats=False).double())
+    model.bank.init_from(model.encode(TOKENS).detach(), "random")
+    assert stability_report(model, bank_loss, TOKENS).status != "shrinking"
+
+
+def test_banks_that_share_their_prototypes_are_counted_once():
+    model = nn.ModuleList([PrototypeBank(3, 5), PrototypeBank(3, 5)]).double()
+    model[1].prototypes = model[0].prototypes
+    for bank in model:
+        bank.init_from(TOKENS)
+    report = stability_report(model, lambda m, x: bank_loss(m[0], x) + bank_loss(m[1], x), TOKENS)
+    alone = stability_report(model[0], bank_loss, TOKENS)
+    assert report.kappa == pytest.approx(2 * alone.kappa, rel=1e-3)
+
+
+def test_random_numbers_are_left_as_they_were():
+    model, before = coder(), torch.get_rng_state()
+    stability_report(model, lambda m, x: bank_loss(m, x) + 0 * torch.rand(()), TOKENS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_large_bank_at_rest_is_not_merging():
+    torch.manual_seed(0)
+    bank = PrototypeBank(600, 8, temperature=1.0).train()
+    bank.prototypes.data[500] = bank.prototypes.data[501] + 1e-3
+    with watch(bank, every=1) as signs, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            bank(torch.randn(50, 8))
+    assert not signs.warnings
+
+
+def test_a_bank_that_stays_hot_is_named():
+    torch.manual_seed(0)
+    bank = PrototypeBank(4, 5, temperature=60.0)
+    bank.init_from(TOKENS.float())
+    with watch(bank.train(), every=1) as signs, pytest.warns(StabilityWarning, match="stays above 1"):
+        for _ in range(15):
+            bank(TOKENS.float())
+    assert len(signs.warnings) == 1
+
+
+def test_an_encoder_that_starts_at_zero_is_not_called_shrinking():
+    model = Heads().train()
+    nn.init.zeros_(model.encode.weight)
+    with watch(model, every=1) as signs:
+        for step in range(30):
+            model(TOKENS.float())
+            with torch.no_grad():
+                model.encode.weight.add_(0.01 * torch.randn_like(model.encode.weight))
+    assert not [w for w in signs.warnings if "scale" in w]

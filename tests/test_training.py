@@ -671,3 +671,15 @@ def test_anchors_that_make_no_sense_are_named_before_anything_is_trained(anchors
     with pytest.raises(ValueError, match=message):
         fit(model, TOKENS, anchors=anchors, epochs=1)
     assert same(model, before)
+
+
+def test_anchors_pass_over_batches_too_small_for_them():
+    model = Coder()
+    found = fit(model, TOKENS.flatten(0, 1)[:57], batch_size=8, epochs=1, init="random", anchors={"variance_floor": np.float32(1), "decorrelation": 1, "reconstruction": 1})
+    assert sound(found, epochs=1)
+
+
+@pytest.mark.parametrize("settings", [{"flor": 1.0}, {"gamma": -1.0}])
+def test_settings_of_anchors_are_checked_before_training(settings):
+    with pytest.raises(ValueError, match="anchors: "):
+        fit(Coder(), TOKENS, anchors={"repulsion": settings}, epochs=1)
