@@ -331,7 +331,7 @@ def _ratios(curves: Sequence[dict]) -> list[float]:
 def figure_6(result: Result, curves: Sequence[dict]):
     rule, ratios = "paper's T", _ratios(result.rows)
     short, long = (result.about["settings"][name] for name in ("short", "epochs"))
-    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 5, figsize=(14, 2.9), width_ratios=(1.2, 1.2, 1, 1, 1))
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 5, figsize=(14, 3.3), width_ratios=(1.2, 1.2, 1, 1, 1))
     lines = {f"best of the first {short}": ("acc_best_short", None), f"epoch {short}": ("acc_short", "s_min_short"), f"epoch {long}": ("acc", "s_min")}
     for (label, names), colour in zip(lines.items(), plots.palette(3)):
         for ax, name, start in zip(axes, names, (None, "s_min_start")):
@@ -342,7 +342,7 @@ def figure_6(result: Result, curves: Sequence[dict]):
     for ax, words in zip(axes, ("ACC", "$S_{min}$ / its start")):
         ax.set(xscale="log", xlabel=r"$\eta_P / \eta_\theta$", ylabel=words)
         ax.axvspan(10, ratios[-1] * 1.15, color="#009E73", alpha=0.08, lw=0)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
     axes[1].set_ylim(bottom=0)
     for ax, ratio in zip(axes[2:], (ratios[0], RATIO, ratios[-1])):
         for seed, colour in zip(sorted({row["seed"] for row in curves}), plots.palette(10)):
