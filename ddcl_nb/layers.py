@@ -119,9 +119,8 @@ def _centroid(q: Tensor, z: Tensor, prototypes: Tensor, count: Tensor) -> Tensor
 
 
 def _unit(x: Tensor) -> Tensor:
-    "Vectors of length one, zero where they were zero; differentiable twice there too."
-    squared = x.square().sum(-1, keepdim=True)
-    return x * torch.where(squared > 0, squared, 1).rsqrt()
+    "Vectors of length one, shorter where they were below 1e-12; differentiable twice there too, as a norm at zero is not."
+    return x * x.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
 
 
 def _residual(q: Tensor, z: Tensor, prototypes: Tensor, count: Tensor) -> Tensor:

@@ -272,3 +272,16 @@ def test_bad_tokens_are_refused(name, tokens, error):
 def test_unsuitable_arguments_are_named(unsuitable, message):
     with pytest.raises(ValueError, match=message):
         DDCLAttention(**(dict(dim=6, n_prototypes=4) | unsuitable))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pool", ["histogram", "centroid", "residual"])
+def test_prototypes_that_no_token_is_near_leave_gradients_finite(pool, dtype):
+    torch.manual_seed(0)
+    readout, x = DDCLReadout(4, 6, pool=pool, temperature=0.05).to(dtype), torch.randn(3, 7, 4, dtype=dtype)
+    far = torch.tensor([0.0, 0.5, 1.5, 2.0, 3.0, 30.0])[:, None]
+    readout.bank.prototypes.data[:] = x[0, :1] + far
+    keep = torch.arange(7) < torch.tensor([[7], [2], [0]])
+    out = readout(x.requires_grad_(), keep)
+    (out.output.square() * torch.randn(out.output.shape, dtype=dtype)).sum().backward()
+    assert x.grad.isfinite().all() and readout.bank.prototypes.grad.isfinite().all()
