@@ -30,7 +30,7 @@ from ddcl_nb.training import bank_loss, initialise, param_groups
 
 TEXTS, LENGTH, CLASSES, PROTOTYPES = 32, 64, 4, 64
 POOLS = ("histogram", "residual")
-BLOCK = 20
+BLOCK = 10
 
 
 class FrozenReader(nn.Module):
