@@ -29,7 +29,7 @@ from .training import _call, banks
 __all__ = ['UNLIKE', 'PRIOR', 'FRACTIONS', 'token_evidence', 'View', 'views', 'Corpus', 'Example', 'Survey', 'survey',
            'logits_of', 'Contributions', 'contributions', 'Reading', 'Explanation', 'explain', 'word_scores', 'Card',
            'prototype_cards', 'training_story', 'token_scores', 'Faithfulness', 'faithfulness', 'draw_curves',
-           'sufficiency', 'matched_cosine', 'bank_agreement']
+           'sufficiency', 'matched_cosine', 'bank_agreement', 'draw_tokens', 'draw_cards']
 
 # %% ../nbs/library/07a_explain.ipynb #2e726252
 def token_evidence(tokens: Tensor,  # `(..., N, m)`
@@ -417,7 +417,11 @@ def contributions(model: nn.Module, inputs: Tensor, mask: Tensor | None = None, 
     spread = (tail.logits.amax(-1) - tail.logits.amin(-1)).max().clamp_min(1e-12)
     return Contributions(name, tail.logits, base, pieces, float(left / spread))
 
-# %% ../nbs/library/07a_explain.ipynb #9a04c7f7
+# %% ../nbs/library/07a_explain.ipynb #319f984a
+UNLIKE = 0.99
+"A document is called unlike the training data when this share of the training documents is nearer to the prototypes."
+
+
 @dataclass(frozen=True)
 class Reading:
     "How one head of one bank reads B documents."
@@ -440,10 +444,6 @@ class Reading:
     def document_distance(self) -> Tensor:
         "Root mean square of the distances of a document's tokens `(B,)`; nan without tokens."
         return (self.distance.square().masked_fill(~self.mask, 0).sum(-1) / self.mask.sum(-1)).sqrt()
-
-
-UNLIKE = 0.99
-"A document is called unlike the training data when this share of the training documents is nearer to the prototypes."
 
 # %% ../nbs/library/07a_explain.ipynb #ad77349a
 @dataclass(frozen=True)
@@ -794,3 +794,40 @@ def bank_agreement(banks: Sequence[Tensor],  # `(K, n)` each: prototypes in one 
         null = float(np.mean([matched_cosine(banks[i], shuffled(banks[j])) for _ in range(repeats)]))
         rows.append({"a": i, "b": j, "cosine": found, "null": null, "excess": (found - null) / (1 - null)})
     return rows
+
+# %% ../nbs/library/07a_explain.ipynb #ee16755c
+def draw_tokens(words: Sequence[str], values: Tensor | Sequence[float], ax=None, *, width: int = 84, limit: float | None = None, title: str = ""):
+    "Words of one document in lines of `width` letters, each on the colour of its value: blue for, red against; `limit` is full colour, the largest value unless given."
+    mpl = require("matplotlib", "plots")
+    values = np.asarray([float(v) for v in values])
+    if len(words) != len(values):
+        raise ValueError(f"values must have one entry for each of {len(words)} words, got {len(values)}")
+    places, x, y = [], 0, 0
+    for word in words:
+        x, y = (x, y) if x + len(word) <= width or not x else (0, y + 1)
+        places.append((x, y))
+        x += len(word) + 1
+    if ax is None:
+        ax = require("matplotlib.pyplot", "plots").subplots(figsize=(8.4, 0.35 + 0.27 * (y + 1)))[1]
+    limit = limit or float(np.abs(values).max(initial=0)) or 1.0
+    for word, value, (x, y) in zip(words, values, places):
+        colour = mpl.colormaps["RdBu"](0.5 + 0.4 * np.clip(value / limit, -1, 1))
+        ax.add_patch(mpl.patches.Rectangle((x - 0.4, y - 0.45), len(word) + 0.8, 0.9, color=colour, lw=0))
+        ax.text(x + len(word) / 2, y, word.replace("$", r"\$"), ha="center", va="center", family="monospace", fontsize=9.5)
+    ax.set(xlim=(-1, width + 1), ylim=(y + 0.6, -0.6), xticks=[], yticks=[], title=title)
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    return ax
+
+
+def draw_cards(cards: Sequence[Card], ax=None, n_words: int = 5):
+    "Share of the tokens and characteristic words of each card, from top to bottom."
+    from ddcl_nb import plots
+    ax = plots.axes(ax, figsize=(8.4, 0.6 + 0.24 * len(cards)))
+    ax.barh(range(len(cards)), [card.usage for card in cards], color=plots.COLOURS[0], alpha=0.55)
+    for i, card in enumerate(cards):
+        ax.text(card.usage, i, "  " + ", ".join(word for word, _ in card.words[:n_words]).replace("$", r"\$"), va="center", fontsize=8.5)
+    top = max((card.usage for card in cards), default=1)
+    ax.set(yticks=range(len(cards)), yticklabels=[f"{card.prototype}" for card in cards], xlim=(0, 2.2 * top), ylabel="prototype", xlabel="share of the tokens")
+    ax.invert_yaxis()
+    return ax
