@@ -26,7 +26,7 @@ extras["all"] = sorted({need for name, needs in extras.items() if name != "dev" 
 
 setup(version=settings["version"], author=settings["author"], author_email=settings["author_email"],
       license=settings["license"], keywords=settings["keywords"].split(),
-      packages=find_packages(include=[settings["lib_path"] + "*"]), package_data={settings["lib_path"]: ["py.typed"]},
+      packages=find_packages(include=[settings["lib_path"] + "*"]), package_data={settings["lib_path"]: ["py.typed", "assets/*"]},
       install_requires=settings["requirements"].split(), extras_require=extras,
       long_description=(root / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
       classifiers=["Development Status :: 4 - Beta", "Intended Audience :: Science/Research", "Programming Language :: Python :: 3",

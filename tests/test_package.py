@@ -93,8 +93,8 @@ def text_in(wheel, name):
 
 def test_a_wheel_holds_every_module_and_nothing_else(tree, wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
-    sources = {str(path.relative_to(tree)) for path in (tree / "ddcl_nb").rglob("*.py")}
-    assert {"ddcl_nb/assign.py", "ddcl_nb/experiments/__init__.py", "ddcl_nb/experiments/registry.py"} <= sources
+    sources = {str(path.relative_to(tree)) for pattern in ("*.py", "assets/*") for path in (tree / "ddcl_nb").rglob(pattern)}
+    assert {"ddcl_nb/assign.py", "ddcl_nb/experiments/__init__.py", "ddcl_nb/experiments/registry.py", "ddcl_nb/assets/page.js"} <= sources
     beside = {name for name in held if not name.split("/")[0].endswith(".dist-info")}
     assert beside == sources | {"ddcl_nb/py.typed"}
 
