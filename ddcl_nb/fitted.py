@@ -494,19 +494,19 @@ def vectors_of(source: Source, reads: Preparation, embedder: Embedder | None, sk
         for block in source.blocks(skip_missing):
             yield Block(block.rows, reads.scaled(block.values), None, block.ids)
 
-# %% ../nbs/library/11b_fitted.ipynb #90322882
+# %% ../nbs/library/11b_fitted.ipynb #923bc5fb
 ROWS_PER_GROUP = 2**17
 "Rows of a group of an assignments file."
 
 
 class _Columns:
-    "Rows gathered for a Parquet file, written by the group."
+    "Rows gathered for a Parquet or CSV file, written by the group."
 
-    def __init__(self, path: Path, with_ids: bool):
+    def __init__(self, path: Path, with_ids: bool, as_csv: bool):
         pa, self.parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
         kinds = {"row": pa.int64(), **({"id": pa.string()} if with_ids else {}), "label": pa.int32(), "probability": pa.float32(), "distance": pa.float32()}
         self.schema, self.table, self.parts, self.waiting = pa.schema(list(kinds.items())), pa.table, [], 0
-        self.writer = self.parquet.ParquetWriter(path, self.schema, compression="zstd")
+        self.writer = require("pyarrow.csv", "data").CSVWriter(path, self.schema) if as_csv else self.parquet.ParquetWriter(path, self.schema, compression="zstd")
 
     def add(self, n: int, *columns) -> None:
         self.parts.append(columns)
@@ -526,12 +526,12 @@ class _Columns:
 
 
 def write_assignments(path: Path, clusterer: DDCLClusterer, blocks: Iterator[Block], with_ids: bool = False, label: str = "assigning", total: int | None = None) -> tuple[np.ndarray, float]:
-    """Write `row, (id,) label, probability, distance` of all rows to a Parquet file, whole or not at all; returns rows of each cluster `(K,)` and the sum of squared distances.
+    """Write `row, (id,) label, probability, distance` of all rows to a Parquet (or .csv) file, whole or not at all; returns rows of each cluster `(K,)` and the sum of squared distances.
 
     `distance` is that to the nearest prototype, in units of the vectors."""
     counts, inertia = np.zeros(clusterer.n_clusters_, dtype=np.int64), 0.0
     with progress(label, total) as advance, atomic(path) as part:
-        columns = _Columns(part, with_ids)
+        columns = _Columns(part, with_ids, Path(path).suffix == ".csv")
         try:
             for block in blocks:
                 if len(block):
