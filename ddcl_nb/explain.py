@@ -417,7 +417,7 @@ def contributions(model: nn.Module, inputs: Tensor, mask: Tensor | None = None, 
     spread = (tail.logits.amax(-1) - tail.logits.amin(-1)).max().clamp_min(1e-12)
     return Contributions(name, tail.logits, base, pieces, float(left / spread))
 
-# %% ../nbs/library/07a_explain.ipynb #319f984a
+# %% ../nbs/library/07a_explain.ipynb #d0e3c245
 UNLIKE = 0.99
 "A document is called unlike the training data when this share of the training documents is nearer to the prototypes."
 
@@ -432,7 +432,7 @@ class Reading:
     entropy: Tensor  # (B, N), nats: 0 sure, ln K undecided
     distance: Tensor  # (B, N), to the nearest prototype, units of the tokens
     evidence: Tensor | None  # (B, N, K), see `token_evidence`: of a clusterer that was given tokens
-    likeness: Tensor | None  # (B,), share of the training documents that lie nearer to their prototypes
+    likeness: Tensor | None  # (B,), share of the training documents that lie nearer to their prototypes; near 1 the document is unlike them; trust it for vectors of unit length, short ones are near to everything
     training: Survey | None
 
     @property
@@ -795,7 +795,7 @@ def bank_agreement(banks: Sequence[Tensor],  # `(K, n)` each: prototypes in one 
         rows.append({"a": i, "b": j, "cosine": found, "null": null, "excess": (found - null) / (1 - null)})
     return rows
 
-# %% ../nbs/library/07a_explain.ipynb #ee16755c
+# %% ../nbs/library/07a_explain.ipynb #1c44a0ff
 def draw_tokens(words: Sequence[str], values: Tensor | Sequence[float], ax=None, *, width: int = 84, limit: float | None = None, title: str = ""):
     "Words of one document in lines of `width` letters, each on the colour of its value: blue for, red against; `limit` is full colour, the largest value unless given."
     mpl = require("matplotlib", "plots")
@@ -811,7 +811,7 @@ def draw_tokens(words: Sequence[str], values: Tensor | Sequence[float], ax=None,
         ax = require("matplotlib.pyplot", "plots").subplots(figsize=(8.4, 0.35 + 0.27 * (y + 1)))[1]
     limit = limit or float(np.abs(values).max(initial=0)) or 1.0
     for word, value, (x, y) in zip(words, values, places):
-        colour = mpl.colormaps["RdBu"](0.5 + 0.4 * np.clip(value / limit, -1, 1))
+        colour = mpl.colormaps["RdBu"](0.5 + 0.27 * np.clip(value / limit, -1, 1))
         ax.add_patch(mpl.patches.Rectangle((x - 0.4, y - 0.45), len(word) + 0.8, 0.9, color=colour, lw=0))
         ax.text(x + len(word) / 2, y, word.replace("$", r"\$"), ha="center", va="center", family="monospace", fontsize=9.5)
     ax.set(xlim=(-1, width + 1), ylim=(y + 0.6, -0.6), xticks=[], yticks=[], title=title)
