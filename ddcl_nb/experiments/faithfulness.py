@@ -31,7 +31,7 @@ __all__ = ['SIZES', 'POOLS', 'PLACES', 'RANKINGS', 'KEPT', 'ORDERS', 'EXPERIMENT
            'shares', 'agreement_row', 'sufficiency_rows', 'run', 'steps', 'column', 'verdict', 'draw', 'figure_curves',
            'figure_kept']
 
-# %% ../../nbs/experiments/04_faithfulness.ipynb #0310977b
+# %% ../../nbs/experiments/04_faithfulness.ipynb #f9b75ff0
 @dataclass(frozen=True)
 class Size:
     "How much a profile measures. Test documents are drawn anew for each seed."
@@ -45,7 +45,7 @@ class Size:
     prototypes: int = 32
 
 
-SIZES = {"quick": Size(500, 50, 4, {"sst2": 24, "other": 32}, 6, (0.2, 0.5)),
+SIZES = {"quick": Size(400, 40, 4, {"sst2": 20, "other": 28}, 5, (0.2, 0.5)),
          "full": Size(1500, 200, 40, {"sst2": 40, "other": 56}, 8, (0.1, 0.2, 0.3, 0.5))}
 
 
@@ -277,31 +277,29 @@ def steps(profile: str, seeds: Sequence[int] | None = None) -> int:
     n = len(SIZES[profile].seeds if seeds is None else seeds)
     return len(corpora()) * len(POOLS) * n * (2 + len(PLACES) * len(RANKINGS) + len(ORDERS))
 
-# %% ../../nbs/experiments/04_faithfulness.ipynb #9f26172e
+# %% ../../nbs/experiments/04_faithfulness.ipynb #ceef89ae
 def column(rows: Sequence[dict], name: str, **key) -> list[float]:
     "Values of a column over seeds."
     return [row[name] for row in rows if name in row and all(row.get(k) == v for k, v in key.items())]
 
 
-def _gain(rows: Sequence[dict], data: str, pool: str, test: str, name: str) -> str:
-    "Mean over seeds and its standard error."
-    mean, deviation = spread(column(rows, name, data=data, readout=pool, test=test, ranking="prototype evidence"))
-    n = len(column(rows, name, data=data, readout=pool, test=test, ranking="prototype evidence"))
-    return f"{mean:+.3f} ± {deviation / np.sqrt(n):.3f}"
+def _over_seeds(values: Sequence[float], form: str = "+.3f") -> str:
+    "Mean and its standard error over seeds."
+    mean, deviation = spread(values)
+    return f"{mean:{form}}" + (f" ± {deviation / np.sqrt(len(values)):{form.strip('+')}}" if len(values) > 1 else "")
 
 
 def verdict(rows: Sequence[dict]) -> str:
     "What was measured, in words."
-    parts = []
-    for data in dict.fromkeys(row["data"] for row in rows):
-        for pool in POOLS:
-            accuracy, mean = np.mean(column(rows, "test_acc", data=data, readout=pool)), lambda name, **key: np.mean(column(rows, name, data=data, readout=pool, **key))
-            agreed = f"; seeds agree {mean('excess'):.2f} of the way from chance to identity" if column(rows, "excess", data=data, readout=pool) else ""
-            parts.append(f"{data}, {pool} (accuracy {accuracy:.3f}): taking away words by prototype evidence lowers the mean probability of the class by {_gain(rows, data, pool, 'text', 'deletion_gain')} "
-                         f"more than a random order when the text is read again, and {_gain(rows, data, pool, 'embeddings', 'deletion_gain')} among the embeddings; against input times gradient the difference is "
-                         f"{_gain(rows, data, pool, 'text', 'deletion_over_gradient')} and {_gain(rows, data, pool, 'embeddings', 'deletion_over_gradient')}. The two prototypes with the largest shares keep "
-                         f"{mean('kept_2', ranking='share'):.0%} of the predictions, two at random {mean('kept_2', test='prototypes', ranking='random'):.0%}{agreed}.")
-    return " ".join(parts) + " Standard errors are over seeds."
+    places = list(dict.fromkeys((row["data"], row["readout"]) for row in rows))
+    each = lambda name, form="+.3f", **key: ", ".join(f"{_over_seeds(found, form)} ({data}, {pool})" for data, pool in places
+                                                      if (found := column(rows, name, data=data, readout=pool, **key)))
+    best = {"ranking": "prototype evidence"}
+    words = (f"The mean probability of the predicted class, while words are deleted and the text is read again, is lower by prototype evidence than in random order by {each('deletion_gain', test='text', **best)}, "
+             f"and lower than by input times gradient by {each('deletion_over_gradient', test='text', **best)}; while embeddings are masked, lower than in random order by {each('deletion_gain', test='embeddings', **best)}. "
+             f"The two prototypes with the largest shares keep the prediction in {each('kept_2', '.2f', test='prototypes', ranking='share')} of the documents, two at random in {each('kept_2', '.2f', test='prototypes', ranking='random')}.")
+    agreed = each("excess", ".2f")
+    return words + (f" From chance (0) to identity (1), matched prototypes of two seeds agree to {agreed}." if agreed else "") + (" Standard errors are over seeds." if len({row["seed"] for row in rows}) > 1 else "")
 
 # %% ../../nbs/experiments/04_faithfulness.ipynb #98f01f3f
 def draw(result: Result, out: str | Path) -> None:
