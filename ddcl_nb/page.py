@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['MOST_COOLED', 'MOST_STAGES', 'ONE', 'SMALLEST', 'MOST_SHARES', 'MOST_AXES', 'FEWEST_NEIGHBOURS', 'CONTRACTIONS',
            'LONGEST_TEXT', 'CURVES', 'MOST_SHOWN', 'MOST_COLUMNS', 'cooling_path', 'Fitted', 'fitted_stage', 'shares',
-           'signs', 'Kept', 'largest_shares', 'map_axes', 'Layout', 'planes', 'neighbours', 'honesty',
+           'parents', 'signs', 'Kept', 'largest_shares', 'map_axes', 'Layout', 'planes', 'neighbours', 'honesty',
            'characteristic_words', 'standing_out', 'nearest_examples', 'script_json', 'training_lines', 'Sample',
            'page_data', 'write_model_page']
 
@@ -109,17 +109,31 @@ def shares(z: Tensor,  # `(n, m)`, in the units of the model
     logits = stage.masses.double().clamp_min(1e-300).log() - torch.cdist(z.double(), stage.prototypes.double()).square() / (2 * stage.tau)
     return torch.softmax(logits, -1)
 
-# %% ../nbs/library/11c_page.ipynb #6eaa0855
+# %% ../nbs/library/11c_page.ipynb #749f2119
+def parents(before: Tensor,  # `(k, m)` prototypes of a stage
+            after: Tensor,  # `(k', m)` of the next
+            ) -> list[int]:  # for each of the latter the one it comes from
+    "Who descends from whom: one child for each while there are enough, the others from the nearest."
+    from scipy.optimize import linear_sum_assignment
+    squared = torch.cdist(after.double(), before.double()).square()
+    found = squared.argmin(-1)
+    if len(after) >= len(before):
+        children, continued = map(torch.from_numpy, linear_sum_assignment(squared.numpy()))
+        found[children] = continued
+    return found.tolist()
+
+
 def signs(z: Tensor, stages: Sequence[Stage]) -> list[dict]:
-    "For each stage: tau, number of prototypes, `L_q` as a share of the variance, mean entropy in nats, and the parent of each prototype."
+    "For each stage, the last one that of the fitted model: tau, number of prototypes, `L_q` as a share of the variance, mean entropy in nats, and where each prototype comes from."
     variance = float((z - z.mean(0)).double().square().sum(-1).mean()) or 1.0
     rows, before = [], None
-    for stage in stages:
+    for i, stage in enumerate(stages):
         q = shares(z, stage)
         squared = torch.cdist(z.double(), stage.prototypes.double()).square()
-        parents = None if before is None else (q.mT @ before).argmax(-1).tolist()
+        fitted, first = i > 0 and i == len(stages) - 1, before is None
+        come = None if first else (q.mT @ before).argmax(-1).tolist() if fitted else parents(stages[i - 1].prototypes, stage.prototypes)
         rows.append({"tau": stage.tau, "count": q.shape[1], "distortion": float((q * squared).sum(-1).mean()) / variance,
-                     "entropy": float(torch.special.entr(q).sum(-1).mean()), "parents": parents})
+                     "entropy": float(torch.special.entr(q).sum(-1).mean()), "parents": come})
         before = q
     return rows
 

@@ -111,18 +111,23 @@ function clusterColour(rank) {  // a wheel of hues in three lightnesses
 }
 
 function mixColours() {  // of the prototypes at every stage: those of the documents they hold, then means of their children
-  const mean = sum => [0, 1, 2].map(a => sum[a] / sum[3]);
   const rank = ranks(), palette = Array.from({ length: K }, (_, k) => clusterColour(rank[model.labels[k]]));
   colours = [];
   colours[FITTED] = Float32Array.from(palette.flat());
-  for (let s = COLDEST; s >= 0; s--) {
-    const sums = Array.from({ length: stages[s].count }, () => [0, 0, 0, 0]), all = [0, 0, 0, 0];
-    stages[s + 1].parents.forEach((parent, k) => {
-      const weight = 1e-6 + (s === COLDEST ? cards[k].share : stages[s + 1].mass[k]);
-      for (const sum of [sums[parent], all]) [0, 1, 2, 3].forEach(a => { sum[a] += weight * (a < 3 ? colours[s + 1][3 * k + a] : 1); });
-    });
-    colours[s] = Float32Array.from(sums.flatMap(sum => mean(sum[3] ? sum : all)));  // one without children, later merged away, is grey
+  colours[COLDEST] = ofDocuments();
+  for (let s = COLDEST - 1; s >= 0; s--) {
+    const sums = Array.from({ length: stages[s].count }, () => [0, 0, 0, 0]);
+    stages[s + 1].parents.forEach((parent, k) => add(sums[parent], colours[s + 1].subarray(3 * k), stages[s + 1].mass[k] + 1e-9));
+    colours[s] = mean(sums);
   }
+}
+
+function add(sum, colour, weight) { for (let a = 0; a < 3; a++) sum[a] += weight * colour[a]; sum[3] += weight; }
+const mean = sums => Float32Array.from(sums.flatMap(sum => sum[3] ? [0, 1, 2].map(a => sum[a] / sum[3]) : [0.6, 0, 0]));
+function ofDocuments() {  // colours at the coldest stage: of the fitted prototypes of the documents that each prototype has
+  const { begin, count } = stages[COLDEST], sums = Array.from({ length: count }, () => [0, 0, 0, 0]);
+  for (let i = 0; i < n; i++) for (let e = begin[i]; e < begin[i + 1]; e++) add(sums[which[e]], colours[FITTED].subarray(3 * which[stages[FITTED].begin[i]]), much[e]);
+  return mean(sums);
 }
 
 const colourOf = (s, k, alpha) => css(colours[s][3 * k], colours[s][3 * k + 1], colours[s][3 * k + 2], alpha);
@@ -277,11 +282,15 @@ function under(x, y) {  // a prototype or a document at a place of the map
   return top < 0 ? null : { document: top };
 }
 
-function summary(i) {
-  const { best, sure } = assigned(state.stage), inside = members(state.stage, best[i]);
-  return `${isolated(called(i))}: ${percent(sure[i])} ${inside.length === 1 ? `prototype ${numbered(inside[0])}` : `a prototype that is ${inside.length} in the fitted model`}`;
+function inWords(inside) {  // a prototype of any stage, by the fitted prototypes that come from it
+  if (inside.length === 1) return `prototype ${numbered(inside[0])}`;
+  return inside.length ? `${inside.length} in one (${inside.slice(0, 8).map(numbered).join(", ")}${inside.length > 8 ? ", …" : ""})` : `a prototype that the fitted model shares out`;
 }
-const groupSummary = p => p.members.length === 1 ? `prototype ${numbered(p.members[0])}, ${percent(p.mass)} of the ${thing}s` : `${p.members.length} fitted prototypes are one here (${p.members.slice(0, 8).map(numbered).join(", ")}${p.members.length > 8 ? ", …" : ""}), ${percent(p.mass)} of the ${thing}s`;
+function summary(i) {
+  const { best, sure } = assigned(state.stage);
+  return `${isolated(called(i))}: ${percent(sure[i])} ${inWords(members(state.stage, best[i]))}`;
+}
+const groupSummary = p => `${inWords(p.members)}, ${percent(p.mass)} of the ${thing}s`;
 
 function showTip(found, x, y) {
   const tip = $("tip");
@@ -381,7 +390,7 @@ function select({ document: i = -1, prototype: k = -1 }, { show = false } = {}) 
   }
   drawMap(); drawSelected(); drawResults();
   document.querySelectorAll(".card").forEach(card => card.classList.toggle("chosen", Number(card.dataset.prototype) === k));
-  $("spoken").textContent = i >= 0 ? `${summary(i)}. ${inShort(i).slice(0, 200)}` : k >= 0 ? `Prototype ${numbered(k)}, ${percent(cards[k].share)} of the documents. ${nickname(k)}` : "Nothing selected";
+  $("spoken").textContent = i >= 0 ? `${summary(i)}. ${inShort(i).slice(0, 200)}` : k >= 0 ? `Prototype ${numbered(k)}, ${percent(cards[k].share)} of the ${thing}s. ${nickname(k)}` : "Nothing selected";
 }
 
 const disc = k => make("span", { class: "disc", css: { background: colourOf(FITTED, k), color: onDisc(FITTED, k) } }, numbered(k));
@@ -403,7 +412,7 @@ function documentDetails(i) {
   const s = state.stage, fitted = assigned(FITTED).best[i], typical = cards[fitted].typical;
   const rows = sharesOf(i, s).slice(0, 5).map(([k, q]) => {
     const inside = members(s, k);
-    return { name: inside.length === 1 ? `${numbered(inside[0])} ${nickname(inside[0])}` : `${inside.length} in one: ${inside.slice(0, 6).map(numbered).join(", ")}${inside.length > 6 ? " …" : ""}`, value: percent(q), from: 0, to: q, colour: colourOf(s, k) };
+    return { name: inside.length === 1 ? `${numbered(inside[0])} ${nickname(inside[0])}` : inWords(inside), value: percent(q), from: 0, to: q, colour: colourOf(s, k) };
   });
   return [make("div", { class: "heading" }, make("span", { class: "dot", css: { background: colourOf(FITTED, fitted) } }), make("h3", { class: "said", dir: "auto" }, called(i))),
     data.texts ? make("blockquote", { dir: "auto", tabindex: 0 }, data.texts[i] || "(empty)") : null,
