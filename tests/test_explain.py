@@ -335,3 +335,35 @@ def test_a_story_needs_the_rows_of_diagnostics():
     assert "as good as merged" in story[-1] and "nothing held the encoder" in story[2] and "1 or more in 2 epochs" in story[1]
     with pytest.raises(ValueError, match="got none"): training_story([])
     with pytest.raises(ValueError, match="rows without tau"): training_story([{k: v for k, v in row.items() if k != "tau"}])
+
+
+# --- the experiment
+
+def rows_of(seeds, pools=("histogram", "residual")):
+    for pool in pools:
+        for seed in range(seeds):
+            key = {"data": "toy", "readout": pool, "seed": seed}
+            yield key | {"test": "model", "ranking": "-", "test_acc": 0.8}
+            for test in ("text", "embeddings"):
+                yield key | {"test": test, "ranking": "prototype evidence", "deletion_gain": 0.1 + seed / 100, "deletion_over_gradient": -0.05}
+            for ranking, kept in (("share", 0.9), ("random", 0.4)):
+                yield key | {"test": "prototypes", "ranking": ranking, "kept_2": kept}
+            yield key | {"test": "seeds", "ranking": "matched"} | ({"excess": 0.2} if seeds > 1 else {})
+
+
+def test_the_verdict_of_the_experiment_says_what_its_rows_say():
+    from ddcl_nb.experiments.faithfulness import verdict
+    words = verdict(list(rows_of(3)))
+    assert "by +0.110 ± 0.006 (toy, histogram), +0.110 ± 0.006 (toy, residual)" in words and "-0.050 ± 0.000 (toy, histogram)" in words
+    assert "0.90 ± 0.00 (toy, residual)" in words and "agree to 0.20" in words
+    alone = verdict(list(rows_of(1)))
+    assert "±" not in alone and "agree" not in alone and "nan" not in alone
+
+
+def test_without_data_sets_the_experiment_reads_docstrings(tmp_path, monkeypatch):
+    import ddcl_nb.data as data
+    from ddcl_nb.experiments import faithfulness as experiment
+    monkeypatch.setattr(data, "data_folders", lambda: [("an empty folder", tmp_path)])
+    assert experiment.at_hand() == [] and experiment.steps("quick", [0]) == 2 * (2 + 2 * 3 + 3)
+    (train, test), = experiment.corpora()
+    assert train.name == test.name and len(train) == pytest.approx(2 * len(test), abs=2) and min(len(t.split()) for t in test.inputs) >= 8
