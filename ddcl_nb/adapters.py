@@ -32,10 +32,11 @@ from .training import Anchored, Seen, _call, anchor_settings, banks, initialise,
 transformers, _ = (require(name, "text") for name in ("transformers", "sentence_transformers"))
 
 # %% auto #0
-__all__ = ['transformers', 'Reading', 'read', 'prototype_terms', 'check_settings', 'refuse_code', 'DDCLConfig', 'build_encoder',
-           'load_encoder', 'counts_positions', 'positions', 'DDCLModelOutput', 'token_mask', 'DDCLPreTrainedModel',
-           'DDCLModel', 'DDCLForSequenceClassification', 'init_prototypes', 'two_rate_optimizer', 'TemperatureCallback',
-           'DDCLPooling', 'padded_features', 'PrototypeLoss', 'load_sentence_transformer', 'PatchTokens']
+__all__ = ['transformers', 'Reading', 'read', 'unexplained', 'prototype_terms', 'check_settings', 'refuse_code', 'DDCLConfig',
+           'build_encoder', 'load_encoder', 'counts_positions', 'positions', 'DDCLModelOutput', 'token_mask',
+           'DDCLPreTrainedModel', 'DDCLModel', 'DDCLForSequenceClassification', 'init_prototypes', 'two_rate_optimizer',
+           'TemperatureCallback', 'DDCLPooling', 'padded_features', 'PrototypeLoss', 'load_sentence_transformer',
+           'PatchTokens']
 
 # %% ../nbs/library/09b_adapters.ipynb #347887a2
 from sentence_transformers import SentenceTransformer
@@ -68,19 +69,28 @@ def read(readout: DDCLReadout,
     shares = assignments(split_heads(z, readout.n_heads), readout.bank.prototypes, readout.bank.temperature, mask=mask)
     return Reading(readout.summarise(z, mask).to(tokens.dtype), readout.loss(assignment, mask), shares, assignment, z)
 
-# %% ../nbs/library/09b_adapters.ipynb #21224e7f
-def prototype_terms(bank: PrototypeBank,
-                    tokens: Tensor,  # `(B, N, dim)`, as they reached the bank
-                    mask: Tensor | None,  # `(B, N)`
-                    output: DDCLOutput,  # what the bank returned
-                    weight: float,  # of `L_q / T_c`
-                    anchors: Mapping[str, Mapping[str, float]],  # as `anchor_settings` returns them
-                    ) -> Tensor:  # `()`, no unit
-    "`weight * L_q / T_c` and the anchors. `T_c` is taken as a constant."
-    critical = bank.critical.detach().clamp_min(torch.finfo(torch.float32).tiny).reshape(-1, 1)
-    total = weight * token_mean(output.loss / critical, mask, bank.n_heads)
+# %% ../nbs/library/09b_adapters.ipynb #cb1971c0
+def unexplained(bank: PrototypeBank,
+                tokens: Tensor,  # `(B, N, dim)`, as they reached the bank
+                mask: Tensor | None,  # `(B, N)`
+                output: DDCLOutput,  # what the bank returned
+                ) -> Tensor:  # `()`, no unit
+    "`L_q` over the variance of these tokens, both differentiated; mean over heads. Zero where fewer than two tokens count."
+    kept = (tokens.flatten(0, -2) if mask is None else tokens[mask.bool()]).float()
+    if len(kept) < 2:
+        return output.loss.sum() * 0
+    variance = kept.unflatten(-1, (bank.n_heads, -1)).var(0, correction=0).sum(-1)  # (H,)
+    loss = output.loss.sum().reshape(1) if bank.n_heads == 1 else output.loss.movedim(-2, 0).flatten(1).sum(-1)  # (H,)
+    return (loss / len(kept) / variance.clamp_min(0.01 * bank.critical.detach().clamp_min(1e-30))).mean()
+
+
+def prototype_terms(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: DDCLOutput,  # as in `unexplained`
+                    weight: float, anchors: Mapping[str, Mapping[str, float]],  # as `anchor_settings` returns them
+                    ) -> Tensor:  # `()`
+    "`weight * unexplained(...)` and the anchors."
     seen, anchored = Seen(bank, bank, tokens, mask, tokens), Anchored(None, anchors)
-    return total + sum(anchored.term(name, seen) for name in anchors if name == "repulsion" or seen.count > 1)
+    anchor_terms = [anchored.term(name, seen) for name in anchors if name == "repulsion" or seen.count > 1]
+    return weight * unexplained(bank, tokens, mask, output) + sum(anchor_terms)
 
 
 def _usable_anchors(anchors: Mapping | None) -> dict[str, dict[str, float]]:
@@ -124,17 +134,17 @@ def refuse_code(config, where: str = "config") -> None:
                 raise ValueError(f"{where} names code ({key}: {value!r}), which is never run; remove it")
             refuse_code(value, where)
 
-# %% ../nbs/library/09b_adapters.ipynb #1c2a58bd
+# %% ../nbs/library/09b_adapters.ipynb #60cdbe2d
 class DDCLConfig(PretrainedConfig):
     """Configuration of an encoder under a `DDCLReadout`; the settings of the readout are those of `DDCLReadout` (a raw temperature is `prototype_temperature`).
 
-    `encoder`: the encoder's configuration, or a dictionary of it with its `model_type`. `prototype_weight`: weight of `L_q / T_c` in the loss.
+    `encoder`: the encoder's configuration, or a dictionary of it with its `model_type`. `prototype_weight`: weight of `unexplained` in the loss.
     `anchors`: as in `fit`. `dropout`: on the summary. Others are those of `PretrainedConfig`, such as `num_labels`. Errors: ValueError."""
     model_type = "ddcl"
     sub_configs = {"encoder": AutoConfig}
     keys_to_ignore_at_inference = ["prototype_loss", "summary", "assignments", "indices", "last_hidden_state", "hidden_states", "attentions"]
 
-    def __init__(self, encoder: PretrainedConfig | Mapping | None = None, n_prototypes: int = 32, pool: str = "residual", n_heads: int = 1,
+    def __init__(self, encoder: PretrainedConfig | Mapping | None = None, n_prototypes: int = 16, pool: str = "residual", n_heads: int = 1,
                  proto_dim: int | None = None, tau: float = 0.1, prototype_temperature: float | None = None, grad: str = "full",
                  prototype_weight: float = 0.1, anchors: Mapping | None = None, dropout: float = 0.0, **kwargs):
         known = PretrainedConfig().to_dict().keys() | {"num_labels", "name_or_path", "attn_implementation", "experts_implementation", "torch_dtype", "use_cache"}
@@ -329,11 +339,11 @@ class DDCLModel(DDCLPreTrainedModel):
                                 last_hidden_state=hidden.last_hidden_state, hidden_states=hidden.get("hidden_states"), attentions=hidden.get("attentions"))
         return found if return_dict in (None, True) else found.to_tuple()
 
-# %% ../nbs/library/09b_adapters.ipynb #d680fbb4
+# %% ../nbs/library/09b_adapters.ipynb #71fbb982
 class DDCLForSequenceClassification(DDCLPreTrainedModel):
     """A `DDCLModel` with a linear head on the summary, for texts or images; trains in `Trainer`.
 
-    The loss is that of the task plus `prototype_weight * L_q / T_c` and the anchors."""
+    The loss is that of the task plus `prototype_terms`: `prototype_weight` times the share of the variance of the tokens that the prototypes leave unexplained, and the anchors."""
 
     def __init__(self, config: DDCLConfig, encoder: PreTrainedModel | None = None):
         super().__init__(config)
@@ -420,7 +430,7 @@ class TemperatureCallback(TrainerCallback):
         for row in (logs, state.log_history[-1]):
             row.update(vital)
 
-# %% ../nbs/library/09b_adapters.ipynb #d5289224
+# %% ../nbs/library/09b_adapters.ipynb #d7003c31
 class DDCLPooling(Module):
     """Pooling of token embeddings by a `DDCLReadout`, in place of `Pooling` of sentence-transformers.
 
@@ -428,7 +438,7 @@ class DDCLPooling(Module):
     `include_prompt`: whether tokens of a prompt count. `temperature` insists on a raw one. Errors: ValueError that names a wrong setting."""
     config_keys = ["embedding_dimension", "n_prototypes", "pool", "n_heads", "proto_dim", "tau", "temperature", "grad", "include_prompt"]
 
-    def __init__(self, embedding_dimension: int, n_prototypes: int = 32, pool: str = "centroid", *, n_heads: int = 1, proto_dim: int | None = None,
+    def __init__(self, embedding_dimension: int, n_prototypes: int = 16, pool: str = "residual", *, n_heads: int = 1, proto_dim: int | None = None,
                  tau: float = 0.1, temperature: float | None = None, grad: str = "full", include_prompt: bool = True):
         super().__init__()
         check_settings(dict(n_prototypes=n_prototypes, pool=pool, n_heads=n_heads, proto_dim=proto_dim, tau=tau, prototype_temperature=temperature, grad=grad))
@@ -505,9 +515,9 @@ def _load_weights(module: nn.Module, path: str | None, where: str) -> nn.Module:
         raise ValueError(f"model.safetensors of {where} is damaged, or of another module: {str(error).splitlines()[-1].strip()}") from None
     return module
 
-# %% ../nbs/library/09b_adapters.ipynb #5e6f48fc
+# %% ../nbs/library/09b_adapters.ipynb #98fb3e8c
 class PrototypeLoss(nn.Module):
-    """A loss of sentence-transformers plus `weight * L_q / T_c` and anchors, averaged over the calls of the model.
+    """A loss of sentence-transformers plus `prototype_terms` (`weight` and `anchors`), averaged over the calls of the model.
 
     Errors: ValueError for a model without prototypes, for wrong anchors, and in training for a loss that calls the model without gradients (the cached ones)."""
 
