@@ -348,16 +348,16 @@ def rows_of(seeds, pools=("histogram", "residual")):
                 yield key | {"test": test, "ranking": "prototype evidence", "deletion_gain": 0.1 + seed / 100, "deletion_over_gradient": -0.05}
             for ranking, kept in (("share", 0.9), ("random", 0.4)):
                 yield key | {"test": "prototypes", "ranking": ranking, "kept_2": kept}
-            yield key | {"test": "seeds", "ranking": "matched"} | ({"excess": 0.2} if seeds > 1 else {})
+            yield key | {"test": "seeds", "ranking": "matched"} | ({"words_ari": 0.2} if seeds > 1 else {})
 
 
 def test_the_verdict_of_the_experiment_says_what_its_rows_say():
     from ddcl_nb.experiments.faithfulness import verdict
     words = verdict(list(rows_of(3)))
     assert "by +0.110 ± 0.006 (toy, histogram), +0.110 ± 0.006 (toy, residual)" in words and "-0.050 ± 0.000 (toy, histogram)" in words
-    assert "0.90 ± 0.00 (toy, residual)" in words and "agree to 0.20" in words
+    assert "0.90 ± 0.00 (toy, residual)" in words and "alike to 0.20" in words
     alone = verdict(list(rows_of(1)))
-    assert "±" not in alone and "agree" not in alone and "nan" not in alone
+    assert "±" not in alone and "alike" not in alone and "nan" not in alone
 
 
 def test_without_data_sets_the_experiment_reads_docstrings(tmp_path, monkeypatch):
