@@ -33,11 +33,11 @@ from .storage import StateError, atomic, load_state, save_state, write_text
 
 # %% auto #0
 __all__ = ['TEXTS_PER_PIECE', 'SCALES', 'SAMPLE_ROWS', 'SAMPLE_NUMBERS', 'SAMPLE_PER_PROTOTYPE', 'EXAMPLES', 'CHARACTERS',
-           'STEP_WORTH_TAKING', 'MOST_PASSES', 'RESULT_FILES', 'ROWS_PER_GROUP', 'Preparation', 'Embedder', 'FitPlan',
-           'sample_size', 'assign_rows', 'refine', 'InUse', 'workplace', 'put_in_place', 'check_out', 'Training',
-           'FittedModel', 'vectors_of', 'write_assignments', 'fit_model', 'write_report']
+           'LARGEST', 'STEP_WORTH_TAKING', 'MOST_PASSES', 'RESULT_FILES', 'ROWS_PER_GROUP', 'Preparation', 'Embedder',
+           'FitPlan', 'sample_size', 'assign_rows', 'refine', 'InUse', 'workplace', 'put_in_place', 'check_out',
+           'Training', 'FittedModel', 'vectors_of', 'write_assignments', 'fit_model', 'write_report']
 
-# %% ../nbs/library/11b_fitted.ipynb #527cd449
+# %% ../nbs/library/11b_fitted.ipynb #7aa31035
 @dataclass(frozen=True)
 class Preparation:
     "How rows become vectors `(width,)`: the `columns` read, and either `centre` and `scale` of each, or an encoder, its fingerprint, and the most tokens of a text."
@@ -58,6 +58,10 @@ class Preparation:
         if all(c == 0 for c in self.centre) and all(s == 1 for s in self.scale):
             return values
         return ((values - np.array(self.centre)) / np.array(self.scale)).astype(values.dtype)
+
+    def in_units(self, vectors: np.ndarray) -> np.ndarray:
+        "Vectors of numbers `(n, width)` in the units of their columns."
+        return vectors * np.array(self.scale) + np.array(self.centre)
 
 # %% ../nbs/library/11b_fitted.ipynb #5ff9ebc6
 TEXTS_PER_PIECE = 512
@@ -147,7 +151,7 @@ class FitPlan:
         facts = {**asdict(self), "data": str(self.data.resolve()), "out": None, "source": source.stamp(), "version": ddcl_nb.__version__}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
-# %% ../nbs/library/11b_fitted.ipynb #93e7230a
+# %% ../nbs/library/11b_fitted.ipynb #5b75d0a4
 SAMPLE_ROWS, SAMPLE_NUMBERS, SAMPLE_PER_PROTOTYPE = 2**17, 2**24, 200
 "The sample holds at most so many rows and numbers, but at least so many rows for each prototype."
 EXAMPLES = 2000
@@ -170,7 +174,7 @@ class _Moments:
     def add(self, X: np.ndarray) -> None:
         n, mean = len(X), X.mean(0, dtype=np.float64)
         shift, total = mean - self.mean, self.n + n
-        self.squares = self.squares + np.square(X - mean).sum(0, dtype=np.float64) + shift**2 * (self.n * n / total)
+        self.squares = self.squares + np.square(X - mean, dtype=np.float64).sum(0) + shift**2 * (self.n * n / total)
         self.mean, self.n = self.mean + shift * (n / total), total
 
     @property
@@ -179,7 +183,7 @@ class _Moments:
         found = np.sqrt(self.squares / self.n)
         return np.where(found > 1e-9 * np.abs(self.mean), found, 0.0)
 
-# %% ../nbs/library/11b_fitted.ipynb #a35327c0
+# %% ../nbs/library/11b_fitted.ipynb #0a14d5a3
 def _scan(plan: FitPlan, source: Source, blocks: Iterator[Block], width: int) -> tuple[dict, dict]:
     "Tensors and facts of the first pass: the sample and its row numbers, moments, and what is shown of the examples."
     random, moments, empty = np.random.default_rng(plan.seed), _Moments(), 0
@@ -188,6 +192,7 @@ def _scan(plan: FitPlan, source: Source, blocks: Iterator[Block], width: int) ->
         for block in blocks:
             keys = random.random(len(block))
             if len(block):
+                _check_range(source, block)
                 moments.add(block.values)
                 sample.add(keys, block.rows, block.values)
                 examples.add(keys, *_shown(block, len(block)))
@@ -200,6 +205,16 @@ def _scan(plan: FitPlan, source: Source, blocks: Iterator[Block], width: int) ->
     facts = {"rows": moments.n, "empty": empty, "texts": texts.tolist() if source.text else None, "ids": ids.tolist() if ids[0] is not None else None}
     tensors = {"rows": rows, "values": values, "examples": np.searchsorted(rows, shown), "mean": moments.mean, "deviation": moments.deviation}
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}, facts
+
+
+LARGEST = 1e100
+"Numbers beyond this, and data that vary by less than its inverse, are refused: their squares would leave the range of float64."
+
+
+def _check_range(source: Source, block: Block) -> None:
+    if float(np.abs(block.values).max()) > LARGEST:
+        row, column = np.argwhere(np.abs(block.values) > LARGEST)[0]
+        raise SourceError(f"{source.path.name}: row {block.rows[row]}, column {source.columns[column]!r}: {block.values[row, column]:g} is too large")
 
 
 def _shown(block: Block, n: int) -> list[np.ndarray]:
@@ -384,7 +399,7 @@ def _read_config(path: Path) -> dict:
         raise ValueError("the checksum does not agree" if config["format"] == _FORMAT else f"its format is {config['format'][:40]!r}")
     return config
 
-# %% ../nbs/library/11b_fitted.ipynb #b5cda84b
+# %% ../nbs/library/11b_fitted.ipynb #16aebb87
 @dataclass(frozen=True)
 class Training:
     """What the training data looked like. `vectors (n, m)` and row numbers `rows (n,)` of the examples, with their `texts` and `ids` where there are any; `mean`, `deviation (m,)` of the vectors;
@@ -436,15 +451,16 @@ class FittedModel:
             raise StateError(f"{folder.name}: " + ("a model is a folder written by `ddcl fit` (safetensors and JSON); files such as pickles are not loaded" if folder.exists() else "there is no such model"))
         try:
             for name in ("config.json", *_SCHEMA["files"]):
-                if (folder / name).resolve().parent != folder.resolve():
+                if Path(os.path.realpath(folder / name)).parent != folder.resolve():
                     raise StateError(f"{name} leads out of the folder of the model")
             config = _read_config(folder / "config.json")
             if wrong := [name for name, digest in config["files"].items() if _file_digest(folder / name) != digest]:
                 raise StateError(f"{wrong[0]} is damaged, or of another model")
             return cls._fitting_together(folder, config)
-        except FileNotFoundError as error:
-            raise StateError(f"{folder.name}: is not a model: {Path(error.filename).name} is missing") from None
-        except (ValueError, RecursionError) as error:
+        except OSError as error:
+            name = Path(error.filename or "a file").name
+            raise StateError(f"{folder.name}: is not a model: {name} {'is missing' if isinstance(error, FileNotFoundError) else f'cannot be read ({error.strerror})'}") from None
+        except (ValueError, RuntimeError) as error:
             what = str(error) if isinstance(error, StateError) else f"config.json is not that of a model ({' '.join(str(error).split())[:120]})"
             raise StateError(f"{folder.name}: {what}") from None
 
@@ -543,7 +559,7 @@ def write_assignments(path: Path, clusterer: DDCLClusterer, blocks: Iterator[Blo
             columns.close()
     return counts, inertia
 
-# %% ../nbs/library/11b_fitted.ipynb #0f99b241
+# %% ../nbs/library/11b_fitted.ipynb #5b0d2162
 def fit_model(plan: FitPlan, *, replace: bool = False, say=lambda line: None) -> FittedModel:
     """Carry out a plan; the result is the folder `plan.out`, complete or as it was. Killed at any moment, the same call goes on and ends with the same numbers.
 
@@ -600,6 +616,8 @@ def _make(plan: FitPlan, source: Source, stamp: str, place: Path, say) -> None:
     scan = {name: tensor.numpy() for name, tensor in tensors.items()}
     reads = _standardised(plan, source, reads, scan)
     X = reads.scaled(scan["values"])
+    if 0 < float(np.ptp(X, axis=0).max()) < 1 / LARGEST:
+        raise SourceError(f"{plan.data.name}: its numbers differ by less than {1 / LARGEST:g}; give them in another unit")
     clusterer, steps = _clusterer(plan, source, reads, embedder, place, X, facts["rows"])
     notes = _notes(plan, source, clusterer, scan, facts)
     counts, inertia = _assigned(plan, source, reads, embedder, clusterer, place, facts["rows"])
@@ -724,10 +742,8 @@ def _finish(plan, source, reads, clusterer, result: Path, scan, facts, X, counts
 
 def write_report(model: FittedModel, path: Path, title: str) -> Path:
     "The page of a fitted model, from its examples."
-    try:
-        from ddcl_nb.page import write_model_page
-    except ImportError:
-        return write_text(path, "later")
-    kept = model.training
-    return write_model_page(path, model.clusterer, kept.vectors, texts=kept.texts, ids=kept.ids, columns=None if model.reads.text else list(model.reads.columns),
+    from ddcl_nb.page import write_model_page
+    kept, reads = model.training, model.reads
+    columns = {} if reads.text else {"columns": list(reads.columns), "values": reads.in_units(kept.vectors)}
+    return write_model_page(path, model.clusterer, kept.vectors, texts=kept.texts, ids=kept.ids or [f"row {row}" for row in kept.rows], **columns,
                             total=model.config["data"]["rows"], title=title, warnings=model.config["notes"])
