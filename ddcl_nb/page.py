@@ -30,12 +30,19 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MOST_COOLED', 'MOST_STAGES', 'ONE', 'SMALLEST', 'MOST_SHARES', 'MOST_AXES', 'FEWEST_NEIGHBOURS', 'CONTRACTIONS',
-           'LONGEST_TEXT', 'CURVES', 'MOST_SHOWN', 'MOST_COLUMNS', 'cooling_path', 'Fitted', 'fitted_stage', 'shares',
+           'LONGEST_TEXT', 'CURVES', 'MOST_SHOWN', 'MOST_COLUMNS', 'shares', 'cooling_path', 'Fitted', 'fitted_stage',
            'parents', 'signs', 'Kept', 'largest_shares', 'map_axes', 'Layout', 'planes', 'neighbours', 'honesty',
            'characteristic_words', 'standing_out', 'nearest_examples', 'script_json', 'training_lines', 'Sample',
            'page_data', 'write_model_page']
 
-# %% ../nbs/library/11c_page.ipynb #1cab295f
+# %% ../nbs/library/11c_page.ipynb #4c08d582
+def shares(z: Tensor,  # `(n, m)`, in the units of the model
+           stage: Stage) -> Tensor:  # `(n, k)`, rows sum to one
+    "Assignment probabilities of documents at a stage, with its masses as prior; float64."
+    logits = stage.masses.double().clamp_min(1e-300).log() - torch.cdist(z.double(), stage.prototypes.double()).square() / (2 * stage.tau)
+    return torch.softmax(logits, -1)
+
+# %% ../nbs/library/11c_page.ipynb #5363c368
 MOST_COOLED, MOST_STAGES = 5_000, 48
 "The cooling sees at most so many documents; at most so many of its stages are kept."
 
@@ -56,7 +63,16 @@ def cooling_path(clusterer: DDCLClusterer,
         limit = min(2 * limit + 2, max(limit, len(z) // 5))
     w = z.new_full((len(z),), 1 / len(z))
     stages = list(_stages(z, w, limit))
-    return _thinned(stages + _colder(z, w, stages[-1], clusterer._reduced_temperature / 2))
+    tau = clusterer._reduced_temperature / 2
+    return _thinned(_until_hard(z, stages + _colder(z, w, stages[-1], tau), tau))
+
+
+def _until_hard(z: Tensor, stages: list[Stage], tau: float) -> list[Stage]:
+    "The stages without those at the end that change nothing: all have parted, it is as cold as `tau`, and the mean entropy is below a hundredth of a nat."
+    most = max(len(stage.prototypes) for stage in stages)
+    unsure = lambda stage: float(torch.special.entr(shares(z, stage)).sum(-1).mean())
+    end = next((i for i, s in enumerate(stages) if len(s.prototypes) == most and s.tau <= tau and unsure(s) < 0.01), len(stages) - 1)
+    return stages[:max(end, 1) + 1]
 
 
 def _colder(z: Tensor, w: Tensor, stage: Stage, tau: float) -> list[Stage]:
@@ -101,13 +117,6 @@ def fitted_stage(clusterer: DDCLClusterer) -> Fitted:
     count = torch.bincount(index).to(p.dtype)
     united = torch.zeros(len(count), p.shape[1], dtype=p.dtype).index_add_(0, index, p) / count[:, None]
     return Fitted(Stage(T / 2, united, count / len(p), clusterer.n_iter_), index)
-
-# %% ../nbs/library/11c_page.ipynb #4c08d582
-def shares(z: Tensor,  # `(n, m)`, in the units of the model
-           stage: Stage) -> Tensor:  # `(n, k)`, rows sum to one
-    "Assignment probabilities of documents at a stage, with its masses as prior; float64."
-    logits = stage.masses.double().clamp_min(1e-300).log() - torch.cdist(z.double(), stage.prototypes.double()).square() / (2 * stage.tau)
-    return torch.softmax(logits, -1)
 
 # %% ../nbs/library/11c_page.ipynb #749f2119
 def parents(before: Tensor,  # `(k, m)` prototypes of a stage

@@ -141,6 +141,7 @@ function theme() {
   $("theme").textContent = dark ? "Light" : "Dark";
   $("theme").setAttribute("aria-label", `Switch to ${dark ? "light" : "dark"} colours`);
   seen.clear();
+  painted = null;
   mixColours();
 }
 
@@ -515,7 +516,7 @@ function measured(s) {
 function drawTemperature() {
   const stage = stages[state.stage], { clear } = measured(state.stage), T = model.critical * stage.tau, fitted = state.stage === FITTED;
   const facts = [[`${number(stage.tau)}`, `τ = T / T_c, ${fitted ? "the fitted model" : "on the way"}`, `T = ${number(T)} in squared units of the data`], [stage.count.toLocaleString("en"), stage.count === 1 ? "prototype" : "distinct prototypes"],
-    [`${number(stage.entropy, 2)} nats`, `entropy: as unsure as among ${Math.exp(stage.entropy).toFixed(stage.entropy < 2.3 ? 2 : 0)}`], [percent(clear), `of ${thing}s over 90 % sure`]];
+    [stage.entropy > 0 && stage.entropy < 0.001 ? "under 0.001 nats" : `${number(stage.entropy, 2)} nats`, `entropy: as unsure as among ${Math.exp(stage.entropy).toFixed(stage.entropy < 2.3 ? 2 : 0)}`], [percent(clear), `of ${thing}s over 90 % sure`]];
   $("readout").replaceChildren(...facts.map(([value, words, title]) => make("div", { title }, make("dd", {}, value), make("dt", {}, words))));
   $("tau").value = 1000 * ALONG(stage.tau);
   $("tau").setAttribute("aria-valuetext", `tau ${number(stage.tau)}, ${plural(stage.count, "prototype")}${fitted ? ", the fitted model" : ""}`);
@@ -573,9 +574,20 @@ const flow = (() => {  // for each stage and prototype: top and bottom of its ba
 })();
 
 const SIDE = 10;  // half the thumb of the slider
+let painted = null;  // the streams, which change with size and colours only
 function drawRiver() {
-  const [pen, w, h] = fit2($("river")), low = h - 18, X = tau => SIDE + ALONG(tau) * (w - 2 * SIDE), gap = Math.min(1.5, 0.25 * low / K);
-  pen.clearRect(0, 0, w, h);
+  const canvas = $("river"), [pen, w, h] = fit2(canvas), low = h - 18, X = tau => SIDE + ALONG(tau) * (w - 2 * SIDE);
+  if (painted && painted.width === canvas.width && painted.height === canvas.height) pen.drawImage(painted, 0, 0, w, h);
+  else {
+    drawStreams(pen, w, low, X);
+    painted = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+    painted.getContext("2d").drawImage(canvas, 0, 0);
+  }
+  riverScale(pen, w, low, h, X);
+}
+
+function drawStreams(pen, w, low, X) {
+  const gap = Math.min(1.5, 0.25 * low / K);
   for (let s = 0; s <= COLDEST; s++) for (const k of flow.order[s]) {
     const [a, b] = flow.bands[s][k], x = X(stages[s].tau), colour = colourOf(s, k), left = s ? X(stages[s - 1].tau) : x - 1;
     let [pa, pb] = [a, b];
@@ -597,14 +609,13 @@ function drawRiver() {
     pen.bezierCurveTo(bend, b * low - gap / 2, bend, pb * low - g0, left - 0.4, pb * low - g0);
     pen.fill();
   }
-  riverScale(pen, w, low, h, X);
 }
 
 function riverScale(pen, w, low, h, X) {
   pen.font = "11px system-ui, sans-serif"; pen.fillStyle = quiet; pen.textAlign = "center";
   let last = -Infinity;
   for (const power of [0, -1, -2, -3, -4, -5, -6]) for (const lead of [1, 0.5, 0.2]) {
-    const tau = lead * 10 ** power, x = X(tau), text = power === 0 && lead === 1 ? "τ = 1" : String(+tau.toPrecision(1));
+    const tau = lead * 10 ** power, x = X(tau), text = power === 0 && lead === 1 ? "τ = 1" : tau < 0.0009 ? `${lead < 1 ? lead * 10 : 1}e${lead < 1 ? power - 1 : power}` : String(+tau.toPrecision(1));
     if (depth(tau) > cold + 1e-9 || depth(tau) < hot - 1e-9 || x - last < 34) continue;
     pen.fillText(text, Math.min(w - 14, Math.max(16, x)), h - 4);
     last = x;
@@ -673,7 +684,7 @@ function drawCurves() {
   $("curves").replaceChildren(
     coolingChart("Prototypes", "count", "", "How many have parted. Long flat stretches are numbers of clusters that the data support. The dot is the fitted model.", { step: true }),
     coolingChart("Distortion L_q", "distortion", "of the variance", "The mean squared distance to the prototypes, each weighted by its probability, as a share of the variance of the data: what the prototypes do not tell."),
-    coolingChart("Entropy H", "entropy", "nats", "How unsure the mean assignment is: 0 where every document has one prototype, ln k where all of k are equally likely. It falls where assignments sharpen."));
+    coolingChart("Entropy H", "entropy", "nats", `How unsure the mean assignment is: 0 where every ${thing} has one prototype, ln k where all of k are equally likely. It falls where assignments sharpen.`));
   const training = data.history.length + data.warnings.length > 0;
   $("training").hidden = $("training-link").hidden = !training;
   $("warnings").replaceChildren(...data.warnings.map(warning => make("li", { class: "said", dir: "auto" }, `⚠ ${warning}`)));
