@@ -35,7 +35,7 @@ transformers, _ = (require(name, "text") for name in ("transformers", "sentence_
 __all__ = ['transformers', 'Reading', 'read', 'unexplained', 'prototype_terms', 'check_settings', 'refuse_code', 'DDCLConfig',
            'build_encoder', 'load_encoder', 'counts_positions', 'positions', 'DDCLModelOutput', 'token_mask',
            'DDCLPreTrainedModel', 'DDCLModel', 'DDCLForSequenceClassification', 'init_prototypes', 'two_rate_optimizer',
-           'TemperatureCallback', 'DDCLPooling', 'padded_features', 'PrototypeLoss', 'load_sentence_transformer',
+           'TemperatureCallback', 'padded_features', 'DDCLPooling', 'PrototypeLoss', 'load_sentence_transformer',
            'PatchTokens']
 
 # %% ../nbs/library/09b_adapters.ipynb #347887a2
@@ -430,7 +430,45 @@ class TemperatureCallback(TrainerCallback):
         for row in (logs, state.log_history[-1]):
             row.update(vital)
 
-# %% ../nbs/library/09b_adapters.ipynb #d7003c31
+# %% ../nbs/library/09b_adapters.ipynb #31fb856d
+def padded_features(features: Mapping) -> tuple[Tensor, Tensor]:
+    "Tokens `(B, N, dim)` and mask `(B, N)` bool, from padded features or from those of a flat batch without padding."
+    tokens, mask = features["token_embeddings"], features.get("attention_mask")
+    if "cu_seq_lens_q" in features:
+        lengths = features["cu_seq_lens_q"].diff()
+        tokens = nn.utils.rnn.pad_sequence(tokens[0].split(lengths.tolist()), batch_first=True)
+        return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None].to(tokens.device)
+    if mask is None or tuple(mask.shape) != tuple(tokens.shape[:2]):
+        mask = tokens.new_ones(tokens.shape[:2])
+    return tokens, mask.bool()
+
+
+def _pooling_config(path: str | None, where: str, known: Sequence[str]) -> dict:
+    "The settings in a file, checked."
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except ValueError as error:
+        raise ValueError(f"config.json of {where} is not JSON: {error}") from None
+    if not isinstance(config, dict) or "embedding_dimension" not in config:
+        raise ValueError(f"config.json of {where} is missing or is not that of a DDCLPooling")
+    refuse_code(config, f"config.json of {where}")
+    if unknown := sorted(config.keys() - set(known)):
+        raise ValueError(f"config.json of {where} has a setting that DDCLPooling has not: {unknown[0]!r}")
+    return config
+
+
+def _load_weights(module: nn.Module, path: str | None, where: str) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    if path is None:
+        raise ValueError(f"model.safetensors of {where} is missing; pickles are not read")
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"model.safetensors of {where} is damaged, or of another module: {str(error).splitlines()[-1].strip()}") from None
+    return module
+
+# %% ../nbs/library/09b_adapters.ipynb #ab0f5830
 class DDCLPooling(Module):
     """Pooling of token embeddings by a `DDCLReadout`, in place of `Pooling` of sentence-transformers.
 
@@ -477,45 +515,7 @@ class DDCLPooling(Module):
         module = cls(**_pooling_config(find(cls.config_file_name), where, cls.config_keys))
         return _load_weights(module, find("model.safetensors"), where)
 
-
-def padded_features(features: Mapping) -> tuple[Tensor, Tensor]:
-    "Tokens `(B, N, dim)` and mask `(B, N)` bool, from padded features or from those of a flat batch without padding."
-    tokens, mask = features["token_embeddings"], features.get("attention_mask")
-    if "cu_seq_lens_q" in features:
-        lengths = features["cu_seq_lens_q"].diff()
-        tokens = nn.utils.rnn.pad_sequence(tokens[0].split(lengths.tolist()), batch_first=True)
-        return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None].to(tokens.device)
-    if mask is None or tuple(mask.shape) != tuple(tokens.shape[:2]):
-        mask = tokens.new_ones(tokens.shape[:2])
-    return tokens, mask.bool()
-
-
-def _pooling_config(path: str | None, where: str, known: Sequence[str]) -> dict:
-    "The settings in a file, checked."
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-    except ValueError as error:
-        raise ValueError(f"config.json of {where} is not JSON: {error}") from None
-    if not isinstance(config, dict) or "embedding_dimension" not in config:
-        raise ValueError(f"config.json of {where} is missing or is not that of a DDCLPooling")
-    refuse_code(config, f"config.json of {where}")
-    if unknown := sorted(config.keys() - set(known)):
-        raise ValueError(f"config.json of {where} has a setting that DDCLPooling has not: {unknown[0]!r}")
-    return config
-
-
-def _load_weights(module: nn.Module, path: str | None, where: str) -> nn.Module:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    if path is None:
-        raise ValueError(f"model.safetensors of {where} is missing; pickles are not read")
-    try:
-        module.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"model.safetensors of {where} is damaged, or of another module: {str(error).splitlines()[-1].strip()}") from None
-    return module
-
-# %% ../nbs/library/09b_adapters.ipynb #98fb3e8c
+# %% ../nbs/library/09b_adapters.ipynb #b77a0239
 class PrototypeLoss(nn.Module):
     """A loss of sentence-transformers plus `prototype_terms` (`weight` and `anchors`), averaged over the calls of the model.
 
@@ -524,9 +524,10 @@ class PrototypeLoss(nn.Module):
     def __init__(self, loss: nn.Module, weight: float = 0.1, anchors: Mapping | None = None):
         super().__init__()
         check_settings({"prototype_weight": weight})
-        self.loss, self.model, self.weight, self.anchors = loss, loss.model, weight, _usable_anchors(anchors)
-        if not banks(self.model):
-            raise ValueError("loss.model has no prototypes: put a DDCLPooling in it")
+        self.loss, self.weight, self.anchors = loss, weight, _usable_anchors(anchors)
+        self.model = next((m for m in loss.modules() if isinstance(m, SentenceTransformer)), None)
+        if self.model is None or not banks(self.model):
+            raise ValueError(f"loss is a {type(loss).__name__} of a model without prototypes: put a DDCLPooling in the model")
 
     def forward(self, sentence_features, labels: Tensor | None = None):
         terms: list[Tensor] = []

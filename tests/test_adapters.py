@@ -510,7 +510,7 @@ def test_losses_without_prototypes_or_without_gradients(words):
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Pooling
     bare = SentenceTransformer(modules=[words, Pooling(384)], device="cpu")
-    with pytest.raises(ValueError, match="no prototypes"):
+    with pytest.raises(ValueError, match="without prototypes"):
         PrototypeLoss(MultipleNegativesRankingLoss(bare))
     model = sentence_model(words)
     features = [model.preprocess(TEXTS[:2]), model.preprocess(TEXTS[2:4])]
