@@ -33,11 +33,11 @@ from ..temperature import Anneal
 # %% auto #0
 __all__ = ['SIZES', 'PAPER_SIZE', 'WIDTH', 'LATENT', 'LEVELS', 'OURS', 'PAPERS', 'BASE', 'METHODS', 'LARGE', 'SHOWN', 'PAPER',
            'EXPERIMENT', 'Extent', 'pictures', 'Autoencoder', 'placed', 'Warm', 'peer', 'Rounded', 'flat_dirichlet_kl',
-           'Drawn', 'Fixed', 'ours', 'trials', 'trained', 'ssim', 'decoded', 'quality', 'softly_used', 'measured',
-           'split', 'tried', 'wanted', 'run', 'setting_of', 'steps', 'column', 'best_peer', 'table', 'verdict', 'draw',
-           'figure_scores', 'figure_rates', 'figure_4', 'figure_pictures']
+           'Drawn', 'Fixed', 'ours', 'trials', 'trained', 'ssim', 'decoded', 'use', 'quality', 'softly_used',
+           'measured', 'split', 'tried', 'wanted', 'run', 'setting_of', 'steps', 'column', 'best_peer', 'table',
+           'verdict', 'draw', 'figure_scores', 'figure_rates', 'figure_4', 'figure_pictures']
 
-# %% ../../nbs/experiments/05_codebook.ipynb #40afefa0
+# %% ../../nbs/experiments/05_codebook.ipynb #33693af0
 @dataclass(frozen=True)
 class Extent:
     "How much a profile measures: images, epochs, and which codebook sizes get which seeds and methods."
@@ -51,7 +51,7 @@ class Extent:
     held_out: int = 1000  # training images on which settings are chosen
 
 
-SIZES = {"quick": Extent(320, 200, 6, range(2), (16,), tuning=0), "full": Extent(4000, 10000, 12, range(5), (64, 512, 4096, 16), tuning=2000)}
+SIZES = {"quick": Extent(320, 200, 6, range(2), (16,), tuning=0), "full": Extent(4000, 10000, 12, range(5), (64, 512, 4096, 16), tuning=4000)}
 PAPER_SIZE = Extent(20000, 10000, 50, range(5), (16, 64, 512, 1024, 4096))
 "The whole of what is here, at the paper's number of epochs: `run(\"full\", size=PAPER_SIZE)`."
 
@@ -208,14 +208,14 @@ def ours(n_codes: int, steps: int, warm: int, seed: int, *, commitment: float) -
     "`DDCLQuantize` with its defaults, cooling over half of the steps."
     return DDCLQuantize(LATENT, n_codes, commitment_weight=commitment, warmup=warm, anneal=Anneal(0.1, 0.01, max(1, steps // 2)))
 
-# %% ../../nbs/experiments/05_codebook.ipynb #7ee27d7c
+# %% ../../nbs/experiments/05_codebook.ipynb #7e3fca2d
 OURS, PAPERS, BASE = "DDCLQuantize", "DDCL as in the paper", "EMA, revival"
 _CODES = {"decay": 0.95, "rotation_trick": False}
 
 METHODS: dict[str, tuple[Callable[..., nn.Module], dict[str, tuple[float, ...]]]] = {
-    OURS: (ours, {"commitment": (0.05, 0.1, 0.25)}),
-    BASE: (peer("VectorQuantize", threshold_ema_dead_code=2, **_CODES), {"commitment_weight": (0.05, 0.1, 0.25)}),
-    "rotation trick": (peer("VectorQuantize", threshold_ema_dead_code=2, decay=0.95, rotation_trick=True), {"commitment_weight": (0.05, 0.1, 0.25)}),
+    OURS: (ours, {"commitment": (0.1, 0.25, 1.0)}),
+    BASE: (peer("VectorQuantize", threshold_ema_dead_code=2, **_CODES), {"commitment_weight": (0.1, 0.25, 1.0)}),
+    "rotation trick": (peer("VectorQuantize", threshold_ema_dead_code=2, decay=0.95, rotation_trick=True), {"commitment_weight": (0.1, 0.25, 1.0)}),
     "straight-through": (peer("VectorQuantize", learnable_codebook=True, ema_update=False, rotation_trick=False), {"commitment_weight": (0.1, 0.25, 1.0)}),
     "SimVQ": (peer("SimVQ"), {"commitment_weight": (0.1, 0.25, 1.0)}),
     "FSQ": (Rounded, {}),
@@ -253,7 +253,7 @@ def trained(quantiser: nn.Module, images: Tensor, epochs: int, seed: int, each_e
         each_epoch(model)
     return model
 
-# %% ../../nbs/experiments/05_codebook.ipynb #3bc30d88
+# %% ../../nbs/experiments/05_codebook.ipynb #f52567b4
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     "Structural similarity of images `(N, C, H, W)` in [0, 1], mean over pixels and channels: `(N,)`."
     grid = torch.arange(11.0) - 5
@@ -279,16 +279,21 @@ def decoded(model: Autoencoder, images: Tensor, soft: bool = False) -> tuple[Ten
     return torch.cat(pictures), np.concatenate(found)
 
 
-def quality(model: Autoencoder, images: Tensor, n_codes: int) -> dict:
-    "Errors of what is decoded from indices, use of the codes, and the error of a soft decoder where the method has one."
-    hard, indices = decoded(model, images)
+def use(model: Autoencoder, images: Tensor, n_codes: int) -> tuple[dict, Tensor]:
+    "Error of what is decoded from indices and hard use of the codes, and the decoded images."
+    pictures, indices = decoded(model, images)
     counts = usage_counts(indices, n_codes)
-    errors = (hard - images).square().mean((1, 2, 3))
-    row = {"mse": float(errors.mean()), "psnr": float(-10 * errors.log10().mean()), "used": utilization(counts), "perplexity": perplexity(counts)}
+    return {"mse": float(F.mse_loss(pictures, images)), "used": utilization(counts), "perplexity": perplexity(counts)}, pictures
+
+
+def quality(model: Autoencoder, images: Tensor, n_codes: int) -> dict:
+    "The same with PSNR and structural similarity, and the error of a soft decoder where the method has one."
+    row, pictures = use(model, images, n_codes)
+    row["psnr"] = float(-10 * (pictures - images).square().mean((1, 2, 3)).log10().mean())
     if min(images.shape[-2:]) >= 11:
-        row["ssim"] = float(ssim(hard.clamp(0, 1), images).mean())
+        row["ssim"] = float(torch.cat([ssim(a.clamp(0, 1), b) for a, b in zip(pictures.split(500), images.split(500))]).mean())
     if hasattr(model.quantiser, "soften"):
-        row["mse_soft"] = float((decoded(model, images, soft=True)[0] - images).square().mean())
+        row["mse_soft"] = float(F.mse_loss(decoded(model, images, soft=True)[0], images))
     return row
 
 
@@ -299,7 +304,7 @@ def softly_used(model: Autoencoder, images: Tensor) -> float:
     weights = assignments(model.encoder(images).movedim(1, -1).flatten(0, 2), bank.prototypes, bank.temperature).mean(0)
     return float((weights > 0.01 / len(weights)).float().mean())
 
-# %% ../../nbs/experiments/05_codebook.ipynb #c2c14eeb
+# %% ../../nbs/experiments/05_codebook.ipynb #06ba8c52
 def measured(size: Extent, n_codes: int, method: str, seed: int, settings: dict) -> dict:
     "One row: a run of a method, measured on test images; its course on held-out training images."
     images, held, test = *split(size), pictures("test")[0][:size.test]
@@ -310,10 +315,9 @@ def measured(size: Extent, n_codes: int, method: str, seed: int, settings: dict)
     def follow(model: Autoencoder) -> None:
         spent.append(time.perf_counter() - start - sum(spent) - sum(watched))
         begin = time.perf_counter()
-        state = quality(model, held, n_codes)
+        curve.append({"epoch": len(curve) + 1} | use(model, held, n_codes)[0])
         if method == PAPERS:
-            state["softly_used"] = softly_used(model, held[:200])
-        curve.append({"epoch": len(curve) + 1} | {name: state[name] for name in ("mse", "used", "perplexity", "softly_used") if name in state})
+            curve[-1]["softly_used"] = softly_used(model, held[:200])
         watched.append(time.perf_counter() - begin)
 
     watched: list[float] = []
@@ -341,7 +345,7 @@ def tried(size: Extent, n_codes: int, method: str, settings: dict) -> dict:
     images, maker = images[:size.tuning], METHODS[method][0]
     steps = math.ceil(len(images) / 64)
     model = trained(maker(n_codes, (size.epochs - size.warm) * steps, size.warm * steps, 100, **settings), images, size.epochs, 100)
-    return {"mse": quality(model, held, n_codes)["mse"]}
+    return {"mse": use(model, held, n_codes)[0]["mse"]}
 
 # %% ../../nbs/experiments/05_codebook.ipynb #5b0a4d32
 def wanted(size: Extent, seeds: Sequence[int]) -> list[tuple[int, str, int]]:
