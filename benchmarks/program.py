@@ -66,7 +66,7 @@ def beside_full(folder, k, seed):
     N, m, data = 100_000, 64, folder / "small.npy"
     clouds(data, N, m, seed)
     full = DDCLClusterer(k, random_state=0).fit(np.load(data)).inertia_
-    with patch.object(fitted, "SAMPLE_ROWS", N // 50)
+    with patch.object(fitted, "SAMPLE_ROWS", N // 50), patch.object(fitted, "SAMPLE_PER_PROTOTYPE", 1):
         model = fitted.fit_model(fitted.FitPlan(data, folder / f"small-{k}-{seed}", k=k))
     return {"rows": N, "width": m, "k": k, "seed": seed, "sample": model.config["data"]["sample"], "steps": model.config["data"]["steps"], "inertia_ratio": model.clusterer.inertia_ / full}
 

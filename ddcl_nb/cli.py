@@ -469,7 +469,7 @@ def predict_command(
         show(["cluster", "rows", "share", "in training"], [[str(i), f"{n:,}", f"{n / max(1, counts.sum()):.1%}", f"{training[i]:.1%}"] for i, n in enumerate(counts)], right=["cluster", "rows", "share", "in training"])
         typer.echo(f"\nResult: {out} ({counts.sum():,} rows)")
 
-# %% ../nbs/library/12_cli.ipynb #d13b4d81
+# %% ../nbs/library/12_cli.ipynb #9dc28004
 def the_row(fitted, data: Path | None, row: int | None, text: str | None, embedder):
     "One row, from a file or as a text, with its vector. Errors: `BadChoice`."
     import numpy as np
@@ -490,23 +490,19 @@ def the_row(fitted, data: Path | None, row: int | None, text: str | None, embedd
 
 
 def heat(evidence: list[dict]) -> Text:
-    "Tokens of a text as words on a ground of red (for the first cluster) or blue (for the second), as strong as their evidence."
+    "Words of a text on a ground of red (for the first cluster) or blue (for the second), as strong as their evidence."
     strongest = max((abs(piece["nats"]) for piece in evidence), default=0) or 1
     words = Text()
     for piece in evidence:
-        token, weight = plain(piece["token"]), min(1.0, abs(piece["nats"]) / strongest)
-        if words and not token.startswith("##"):
-            words.append(" ")
-        paler = int(255 - 135 * weight)
-        ground = f"rgb(255,{paler},{paler})" if piece["nats"] > 0 else f"rgb({paler},{paler},255)"
-        words.append(token.removeprefix("##").replace("Ġ", "").replace("▁", ""), style=f"black on {ground}")
+        paler = int(255 - 135 * abs(piece["nats"]) / strongest)
+        words.append(plain(piece["word"]), style=f"black on rgb(255,{paler},{paler})" if piece["nats"] > 0 else f"black on rgb({paler},{paler},255)").append(" ")
     return words
 
 
 def say_why(why: dict) -> None:
     "Print an explanation."
     name = f"row {why['row']}" + (f" ({plain(why['id'], 60)})" if why["id"] else "")
-    typer.echo(f"{name}: cluster {why['label']}; {why['nearer_in_training']:.0%} of the training rows are nearer to their prototype\n")
+    typer.echo(f"{name}: cluster {why['label']}; {why['nearer_in_training']:.1%} of the training rows are nearer to their prototype\n")
     show(["cluster", "share", "of training"], [[str(s["cluster"]), f"{s['share']:.1%}", f"{s['of_training']:.1%}"] for s in why["shares"]], right=["cluster", "share", "of training"])
     typer.echo("\nMost like it, of the examples kept:")
     show(["row", "cluster", "distance", "example"], [[str(e["row"]), str(e["cluster"]), f"{e['distance']:.3g}", example_words(e)] for e in why["examples"]], right=["row", "cluster", "distance"])
@@ -521,10 +517,10 @@ def say_evidence(evidence: list[dict], most: int = 8) -> None:
     "Print the strongest pieces, and a heat-map of the words on a terminal."
     import sys
     strongest = sorted(evidence, key=lambda piece: -abs(piece["nats"]))[:most]
-    if evidence and "token" in evidence[0]:
+    if evidence and "word" in evidence[0]:
         if sys.stdout.isatty():
             Console(highlight=False).print(heat(evidence))
-        show(["word", "nats"], [[plain(piece["token"]), f"{piece['nats']:+.3f}"] for piece in strongest], right=["nats"])
+        show(["word", "nats"], [[plain(piece["word"]), f"{piece['nats']:+.3f}"] for piece in strongest], right=["nats"])
     else:
         show(["column", "value", "nats"], [[plain(piece["column"], 40), f"{piece['value']:.4g}", f"{piece['nats']:+.3f}"] for piece in strongest], right=["value", "nats"])
 

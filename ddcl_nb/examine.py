@@ -24,7 +24,7 @@ from .temperature import critical_temperature
 
 # %% auto #0
 __all__ = ['QUIET', 'CHANGED', 'FAR', 'FAR_CHANGED', 'SHIFT', 'ROWS_LOOKED_AT', 'ROWS_OF_CURVATURE', 'column_evidence',
-           'explain_row', 'nearest_examples', 'stability_index', 'curvature', 'examine']
+           'explain_row', 'nearest_examples', 'whole_words', 'stability_index', 'curvature', 'examine']
 
 # %% ../nbs/library/11d_examine.ipynb #35db54e7
 def _rivals(clusterer: DDCLClusterer, x: np.ndarray) -> tuple[int, int] | None:
@@ -47,7 +47,7 @@ def _temperature(clusterer: DDCLClusterer) -> float:
     "The temperature of the probabilities, in squared units of the vectors."
     return clusterer._reduced_temperature * clusterer._units.spread**2
 
-# %% ../nbs/library/11d_examine.ipynb #c9e76eef
+# %% ../nbs/library/11d_examine.ipynb #9dc7bb18
 def explain_row(model: FittedModel, row: Block,  # one row, with its vector as `values`
                 *, embedder: Embedder | None = None,  # for the tokens of a text
                 top: int = 5) -> dict:
@@ -62,7 +62,7 @@ def explain_row(model: FittedModel, row: Block,  # one row, with its vector as `
     rivals = _rivals(c, x)
     return {"row": int(row.rows[0]), "id": row.ids[0] if row.ids else None, "text": row.texts[0] if row.texts else None, "label": int(leading[0]),
             "shares": [{"cluster": int(k), "share": float(q[k]), "of_training": float(counts[k])} for k in leading],
-            "distance": distance, "nearer_in_training": float((model.training.quantiles < distance).mean()), "examples": nearest_examples(model, x, top),
+            "distance": distance, "nearer_in_training": float(np.interp(distance, model.training.quantiles, np.linspace(0, 1, 101))), "examples": nearest_examples(model, x, top),
             "between": None if rivals is None else [int(c.prototype_labels_[p]) for p in rivals], "evidence": _evidence(model, row, embedder, rivals)}
 
 
@@ -90,7 +90,20 @@ def _evidence(model: FittedModel, row: Block, embedder: Embedder | None, rivals)
     tokens, names = embedder.tokens(row.texts), embedder.encoder.token_names(row.texts, embedder.max_length)[0]
     p = torch.from_numpy(model.clusterer.prototypes_.astype(np.float32))
     found = token_evidence(tokens.embeddings.float(), tokens.mask, p, _temperature(model.clusterer))[0]
-    return [{"token": name, "nats": float(e)} for name, e in zip(names, found[:, rivals[0]] - found[:, rivals[1]])]
+    return whole_words(names, (found[:, rivals[0]] - found[:, rivals[1]]).tolist())
+
+
+def whole_words(names: Sequence[str], nats: Sequence[float]) -> list[dict]:
+    "Evidence of word pieces (of WordPiece, `##`, or of byte-level and SentencePiece vocabularies, `Ġ` and `▁`) added up to words."
+    starts = any(name.startswith(("Ġ", "▁")) for name in names)
+    words: list[dict] = []
+    for name, e in zip(names, nats):
+        piece = name.removeprefix("##").lstrip("Ġ▁")
+        if words and (name.startswith("##") or starts and not name.startswith(("Ġ", "▁"))):
+            words[-1] = {"word": words[-1]["word"] + piece, "nats": words[-1]["nats"] + e}
+        else:
+            words.append({"word": piece, "nats": e})
+    return words
 
 # %% ../nbs/library/11d_examine.ipynb #d733f1a9
 QUIET, CHANGED = 0.1, 0.25
@@ -108,7 +121,7 @@ def stability_index(counts: np.ndarray, training: np.ndarray) -> float:
     s, t = (counts + 0.5) / (n + K / 2), (training + 0.5) / (N + K / 2)
     return float(max(0.0, ((s - t) * np.log(s / t)).sum() - (K - 1) * (1 / n + 1 / N)))
 
-# %% ../nbs/library/11d_examine.ipynb #a5ef4a46
+# %% ../nbs/library/11d_examine.ipynb #f054c370
 def curvature(model: FittedModel, X: np.ndarray) -> StabilityReport:
     "The stability report of the saved prototypes on vectors `(n, m)`, in the units of the clusterer."
     c = model.clusterer
@@ -165,4 +178,4 @@ def _judged(facts: dict, report: StabilityReport | None, n: int) -> tuple[str, l
         return "changed", [*said, "fit again on these data, or on both"]
     if said:
         return "differs", said
-    return "healthy", ["cluster sizes, distances and means are those of training" + (f"; one bad sign: {report.verdict}" if report.status in ("collapse", "saddle") else "")]
+    return "healthy", ["cluster sizes, distances and means are those of training" + (f"; one bad sign: {report.verdict}" if report.status == "collapse" else "")]

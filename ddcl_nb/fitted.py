@@ -300,7 +300,7 @@ def refine(clusterer: DDCLClusterer, blocks: Iterator[np.ndarray]) -> bool:
     clusterer._centre_clusters()
     return True
 
-# %% ../nbs/library/11b_fitted.ipynb #933e55dc
+# %% ../nbs/library/11b_fitted.ipynb #c4d41f97
 RESULT_FILES = ("model.safetensors", "training.safetensors", "config.json", "assignments.parquet", "report.html")
 
 
@@ -324,6 +324,8 @@ def workplace(out: Path, stamp: str) -> Iterator[Path]:
                     (place / stamp).touch()
                 yield place
             finally:
+                if place.is_dir() and os.listdir(place) == [stamp]:
+                    shutil.rmtree(place, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except filelock.Timeout:
         raise InUse(f"{out.name}: another process is fitting into this folder") from None
