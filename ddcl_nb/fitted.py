@@ -300,7 +300,7 @@ def refine(clusterer: DDCLClusterer, blocks: Iterator[np.ndarray]) -> bool:
     clusterer._centre_clusters()
     return True
 
-# %% ../nbs/library/11b_fitted.ipynb #c4d41f97
+# %% ../nbs/library/11b_fitted.ipynb #875d8203
 RESULT_FILES = ("model.safetensors", "training.safetensors", "config.json", "assignments.parquet", "report.html")
 
 
@@ -323,6 +323,9 @@ def workplace(out: Path, stamp: str) -> Iterator[Path]:
                     place.mkdir()
                     (place / stamp).touch()
                 yield place
+            except BadChoice:
+                shutil.rmtree(place, ignore_errors=True)
+                raise
             finally:
                 if place.is_dir() and os.listdir(place) == [stamp]:
                     shutil.rmtree(place, ignore_errors=True)
