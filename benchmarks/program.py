@@ -58,7 +58,7 @@ def large(folder, N, m, k, threads):
     predict, _ = measured("predict", str(out), str(data), "--out", str(folder / "predicted.parquet"), "--json", threads=threads)
     size = data.stat().st_size
     data.unlink()
-    return {"rows": N, "width": m, "k": k, "bytes": size, "fit": fit, "predict": predict, "says": json.loads(said)}
+    return {"rows": N, "width": m, "k": k, "bytes": size, "fit": fit, "predict": predict, "says": {name: value for name, value in json.loads(said).items() if name != "out"}}
 
 
 def beside_full(folder, k, seed):

@@ -74,7 +74,7 @@ def test_a_sample_refined_over_all_rows_is_within_two_per_cent_of_the_full_fit(t
 def test_standardised_or_as_they_are(tmp_path, points):
     path = table(tmp_path / "p.csv", points * [1, 1000, 1])
     standard, plain = (fit_model(FitPlan(path, tmp_path / scale, k=3, scale=scale)) for scale in ("standard", "none"))
-    np.testing.assert_allclose(standard.training.vectors.std(0), 1, rtol=1e-6); np.testing.assert_allclose(plain.reads.scale, 1)
+    np.testing.assert_allclose(standard.training.deviation, 1, rtol=1e-6); np.testing.assert_allclose(plain.reads.scale, 1)
     label, of_plain = (pq.read_table(tmp_path / scale / "assignments.parquet")["label"].to_numpy() for scale in ("standard", "none"))
     assert clustering_accuracy(label, of_plain) < 0.9, "a column in larger units decides alone"
     again = FittedModel.load(tmp_path / "standard")
