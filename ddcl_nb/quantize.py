@@ -28,20 +28,20 @@ __all__ = ['START', 'SHARPNESS', 'TURNS', 'FLOOR', 'REPLACED', 'Stage', 'Quantiz
 START, SHARPNESS = 0.3, 0.03
 "Where cooling begins and ends at the warmest, in units of the local temperature `2 L_q / m`."
 
-# %% ../nbs/library/03a_quantize.ipynb #caf98380
+# %% ../nbs/library/03a_quantize.ipynb #40fe1fe5
 TURNS = 10
 "Training steps between two changes of the ruler."
 
 FLOOR = 1e-3
-"Smallest eigenvalue of the ruler's square, relative to the mean: a direction the decoder ignores is still measured, coarsely."
+"Smallest eigenvalue of `G`, relative to the mean: a direction the decoder ignores is still measured, coarsely."
 
 
-def _roots(G: Tensor) -> tuple[Tensor, Tensor]:
-    "`G^(1/2)` and its inverse, `(H, m, m)`, of positive semidefinite matrices scaled to trace `m`."
+def _rulers(G: Tensor) -> tuple[Tensor, Tensor]:
+    "`G^(1/4)` and its inverse, `(H, m, m)`, of positive semidefinite matrices; the ruler's mean square is 1."
     values, vectors = torch.linalg.eigh(G.double())
-    values = values.clamp_min(FLOOR * values.mean(-1, keepdim=True))
-    values = values / values.mean(-1, keepdim=True)
-    return tuple((vectors * root[:, None]) @ vectors.mT for root in (values.sqrt(), values.rsqrt()))
+    root = values.clamp_min(FLOOR * values.mean(-1, keepdim=True)) ** 0.25
+    root = root / root.square().mean(-1, keepdim=True).sqrt()
+    return tuple((vectors * scale[:, None]) @ vectors.mT for scale in (root, 1 / root))
 
 
 def _precise(method: Callable) -> Callable:
@@ -63,7 +63,7 @@ def _pull(z: Tensor, p: Tensor, T: Tensor) -> tuple[Tensor, Tensor]:
         total.addmm_(q.mT, z[rows])
     return mass, total - mass[:, None] * p
 
-# %% ../nbs/library/03a_quantize.ipynb #21ee1b61
+# %% ../nbs/library/03a_quantize.ipynb #adb96cee
 class Stage(PrototypeBank):
     "One codebook of a `DDCLQuantize`: a stop-gradient bank on tokens in standard units, which knows the tokens' own and counts the use of its codes."
 
@@ -71,7 +71,7 @@ class Stage(PrototypeBank):
         super().__init__(n_prototypes, dim, n_heads=n_heads, grad="stop", momentum=momentum)
         self.register_buffer("prototypes", self._parameters.pop("prototypes").detach())  # moved by EM steps, by no optimiser
         self.register_buffer("mass", torch.full((n_heads, n_prototypes), 1 / n_prototypes))  # running share of the tokens
-        for name in ("sensitivity", "ruler", "back"):  # G, its root, and the root's inverse
+        for name in ("sensitivity", "ruler", "back"):  # G, the ruler, and its inverse
             self.register_buffer(name, torch.eye(dim // n_heads).repeat(n_heads, 1, 1))
         self.register_buffer("felt", torch.tensor(0))  # gradients in `sensitivity`
         self.register_buffer("origin", torch.zeros(dim))
@@ -147,7 +147,7 @@ class Stage(PrototypeBank):
     @torch.no_grad()
     def turn(self) -> None:
         "Measure by what was felt: a new ruler, the same codes."
-        ruler, back = _roots(self.sensitivity)
+        ruler, back = _rulers(self.sensitivity)
         self.prototypes.copy_((self._bank().double() @ self.back.double() @ ruler).reshape(self.prototypes.shape))
         self.ruler.copy_(ruler)
         self.back.copy_(back)
