@@ -37,7 +37,7 @@ __all__ = ['SIZES', 'PAPER_SIZE', 'WIDTH', 'LATENT', 'LEVELS', 'OURS', 'PAPERS',
            'measured', 'split', 'tried', 'wanted', 'run', 'setting_of', 'steps', 'column', 'best_peer', 'table',
            'verdict', 'draw', 'figure_scores', 'figure_rates', 'figure_4', 'figure_pictures']
 
-# %% ../../nbs/experiments/05_codebook.ipynb #49d6c1e5
+# %% ../../nbs/experiments/05_codebook.ipynb #9568ac1f
 @dataclass(frozen=True)
 class Extent:
     "How much a profile measures: images, epochs, and which codebook sizes get which seeds and methods."
@@ -51,7 +51,7 @@ class Extent:
     held_out: int = 1000  # training images on which settings are chosen
 
 
-SIZES = {"quick": Extent(320, 200, 6, range(2), (16,), tuning=0), "full": Extent(4000, 10000, 12, range(5), (64, 512, 4096), tuning=4000)}
+SIZES = {"quick": Extent(320, 200, 6, range(2), (16,), tuning=0), "full": Extent(4000, 10000, 12, range(5), (64, 512), tuning=4000)}
 PAPER_SIZE = Extent(20000, 10000, 50, range(5), (16, 64, 512, 1024, 4096))
 "The whole of what is here, at the paper's number of epochs: `run(\"full\", size=PAPER_SIZE)`."
 
