@@ -393,7 +393,7 @@ def steps(profile: str, seeds: Sequence[int] | None = None) -> int:
     tuned = sum(len(trials(method)) for method in METHODS if len(trials(method)) > 1) if size.tuning else 0
     return tuned + len(wanted(size, list(size.seeds if seeds is None else seeds)))
 
-# %% ../../nbs/experiments/05_codebook.ipynb #a7973847
+# %% ../../nbs/experiments/05_codebook.ipynb #c02d94ba
 PAPER = {64: 0.188, 16: 0.812}
 "Table 5 of arXiv 2604.03850: codes used by a hard straight-through codebook at the first epoch. No error is reported."
 
@@ -414,9 +414,10 @@ def table(rows: Sequence[dict]) -> list[dict]:
     lines = []
     for K in sorted({row["codebook"] for row in rows}):
         peer_ = best_peer(rows, K)
-        for name, words in (("mse", "hard-decoded error"), ("perplexity", "perplexity")):
-            lines.append({"data": f"K = {K}", "measure": f"{words} (against {peer_})", "paper": None, "paper_kmeans": None, "papers_setting": spread(column(rows, K, PAPERS, name)),
-                          "kmeans": spread(column(rows, K, peer_, name)), "ours": spread(column(rows, K, OURS, name))})
+        for name, words, unit in (("mse", "hard-decoded error, thousandths", 1000), ("perplexity", "perplexity", 1)):
+            value = lambda method: spread(unit * np.array(column(rows, K, method, name)))
+            lines.append({"data": f"codebook, K = {K}", "measure": f"{words} (against {peer_})", "paper": None, "paper_kmeans": None, "papers_setting": value(PAPERS),
+                          "kmeans": value(peer_), "ours": value(OURS)})
     return lines
 
 
