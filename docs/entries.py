@@ -87,4 +87,5 @@ class Entries:
         body = "\n\n".join(part for part in parts if part)
         anchor = self.names.anchor(full)
         opening = [f'<span id="{anchor}"></span>', ""] if anchor else []
+        opening += [f":::{{py:currentmodule}} {self.names.module[full]}", ":::", ""]
         return "\n".join([*opening, f"{fence}{{py:{role}}} {head}", *options, "", body, fence])

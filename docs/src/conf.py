@@ -1,4 +1,10 @@
 "How Sphinx makes the site; run by docs/build.py on the staged pages."
+import ast, importlib.util
+from functools import cache
+from pathlib import Path
+
+from sphinx.domains.python import PythonDomain
+
 import ddcl_nb
 
 project = "ddcl_nb"
@@ -61,3 +67,21 @@ def number_figures_by_page(app, env):
 
 def setup(app):
     app.connect("env-check-consistency", number_figures_by_page)
+
+@cache
+def imports(module):
+    "What a module imports from others, for type checkers too: pairs of a name and its full name."
+    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
+    package = module.rpartition(".")[0]
+    source = lambda node: importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+    return {(alias.name, f"{source(node)}.{alias.name}") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+class Domain(PythonDomain):
+    "Of several objects with one name, the one that the module at hand imports."
+    def find_obj(self, env, modname, classname, name, type, searchmode=0):
+        found = super().find_obj(env, modname, classname, name, type, searchmode)
+        if len(found) < 2 or not modname: return found
+        return [match for match in found if (name, match[0]) in imports(modname)] or found
+
+def setup(app):
+    app.add_domain(Domain, override=True)
