@@ -65,9 +65,6 @@ def number_figures_by_page(app, env):
     for figures in env.toc_fignumbers.values():
         for labels in figures.values(): labels.update({label: (i,) for i, label in enumerate(labels, 1)})
 
-def setup(app):
-    app.connect("env-check-consistency", number_figures_by_page)
-
 @cache
 def imports(module):
     "What a module imports from others, for type checkers too: pairs of a name and its full name."
@@ -84,4 +81,5 @@ class Domain(PythonDomain):
         return [match for match in found if (name, match[0]) in imports(modname)] or found
 
 def setup(app):
+    app.connect("env-check-consistency", number_figures_by_page)
     app.add_domain(Domain, override=True)
