@@ -20,10 +20,10 @@ from .storage import write_text
 
 # %% auto #0
 __all__ = ['SCORES', 'ERRORS', 'COLUMNS', 'MEASURED', 'NAMES', 'SHAPES', 'UPWARDS', 'STYLE', 'POLICY', 'Html', 'tag', 'joined',
-           'number', 'with_deviation', 'largest', 'better', 'best', 'label', 'n_seeds', 'title', 'comparison', 'mark',
-           'key', 'strip', 'summary_table', 'table_box', 'table', 'pairs', 'circumstances', 'keys_and_measures',
-           'methods_table', 'methods', 'seeds_table', 'figure', 'figures', 'section', 'page', 'overview',
-           'write_report']
+           'number', 'with_deviation', 'largest', 'better', 'best', 'label', 'n_seeds', 'title', 'comparison',
+           'headlines', 'mark', 'key', 'strip', 'summary_table', 'table_box', 'table', 'pairs', 'circumstances',
+           'keys_and_measures', 'methods_table', 'methods', 'seeds_table', 'figure', 'figures', 'section', 'page',
+           'overview', 'write_report']
 
 # %% ../nbs/library/11_report.ipynb #2198340b
 class Html(str):
@@ -118,6 +118,13 @@ def comparison(results: Sequence[Result]) -> list[dict]:
                           "values": values, "words": {column: with_deviation(value, n, largest(values.values())) for column, value in values.items()},
                           "best": best({column: values[column] for column in MEASURED}, better(measure, unknown=1))})
     return lines
+
+
+def headlines(results: Sequence[Result]) -> list[Result]:
+    "The same results with the first line of the comparison for each data set only, for a page that has little room."
+    def first(result: Result) -> list[dict]:
+        return list({line.get("data", ""): line for line in reversed(result.about.get("table") or [])}.values())[::-1]
+    return [Result(r.experiment, r.profile, r.rows, {**r.about, "table": first(r)}) for r in results]
 
 # %% ../nbs/library/11_report.ipynb #1e8889da
 def _markdown(lines: Sequence[dict]) -> str:

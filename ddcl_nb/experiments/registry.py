@@ -27,8 +27,8 @@ import ddcl_nb
 from ..storage import atomic, write_text
 
 # %% auto #0
-__all__ = ['PROFILES', 'Experiment', 'experiments', 'check_profile', 'provenance', 'Log', 'Result', 'read_result', 'spread',
-           'with_spread']
+__all__ = ['PROFILES', 'Experiment', 'experiments', 'check_profile', 'provenance', 'Log', 'Result', 'read_result',
+           'stored_results', 'spread', 'with_spread']
 
 # %% ../../nbs/library/10_registry.ipynb #a86cc079
 @dataclass(frozen=True)
@@ -177,6 +177,12 @@ def read_result(path: str | Path) -> Result:
         return Result(kept["experiment"], kept["profile"], kept["rows"], kept["about"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{Path(path).name} is not a result of ddcl_nb ({type(error).__name__}: {error})") from None
+
+
+def stored_results(folder: str | Path) -> list[Result]:
+    "One result for each experiment found under `folder`, by name: the one of full size where it is there, else the quick one."
+    paths = {path.stem: path for profile in PROFILES for path in sorted((Path(folder) / profile).glob("*.json"))}
+    return [read_result(path) for _, path in sorted(paths.items())]
 
 
 def spread(values: Iterable[float]) -> tuple[float, float] | None:
