@@ -131,7 +131,7 @@ def _markdown(lines: Sequence[dict]) -> str:
     head = ["data", "measure", *COLUMNS.values()]
     body = [[line["data"], line["measure"], *(f"**{words}**" if column in line["best"] else words for column, words in line["words"].items())] for line in lines]
     rules = ["---", "---", *("---:" for _ in COLUMNS)]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (head, rules, *body)) + "\n"
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace(" ± ", "\u00a0±\u00a0") for cell in row) + " |" for row in (head, rules, *body)) + "\n"
 
 # %% ../nbs/library/11_report.ipynb #222b47d8
 SHAPES = {"kmeans": "M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0z", "papers_setting": "M0,-5L5,0L0,5L-5,0z", "ours": "M-4,-4h8v8h-8z"}
