@@ -92,7 +92,7 @@ def test_values_of_the_table(tmp_path):
 def test_the_best_of_every_line_is_strong():
     table = Html(summary_table([result()]))
     assert table.count("<strong>0.802") == table.count("<strong>") == 8
-    assert summary_table([result()], "markdown").count("**0.802 ± 0.002**") == 8
+    assert summary_table([result()], "markdown").count("**0.802\u00a0±\u00a00.002**") == 8
 
 @pytest.mark.parametrize("values, sign, expected", [
     ({"a": 1.0, "b": 2.0}, 1, {"b"}), ({"a": 1.0, "b": 2.0}, -1, {"a"}), ({"a": 1.0, "b": 2.0}, 0, set()), ({"a": 0.70001, "b": [0.7, 0.1], "c": 0.1}, 1, {"a", "b"}),
