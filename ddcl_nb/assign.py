@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels import ELEMENTS_PER_CHUNK, _chunks, definition, fused, matmul_form
+from .kernels import ELEMENTS_PER_CHUNK, PASSES, _chunks, definition, fused, matmul_form
 
 # %% auto #0
 __all__ = ['LOWEST_TEMPERATURE', 'THROUGH', 'BACKENDS', 'assignments', 'NonFiniteInput', 'check_inputs', 'Decomposition',
@@ -211,7 +211,14 @@ class DDCLOutput(NamedTuple):
 THROUGH = {"full": (True, True), "stop": (False, False), "stop-loss": (True, False)}
 "For each `grad`: are the soft centroids, and are the loss terms, differentiated through the softmax?"
 
-BACKENDS = {"auto": fused, "fused": fused, "matmul": matmul_form, "reference": definition}
+def _auto(z, bank, T, through):
+    "The fused pass; on a GPU with the kernels of `gpu`, which are loaded when they are first needed."
+    if z.is_cuda and "cuda" not in PASSES:
+        from ddcl_nb import gpu  # noqa: F401, registers itself
+    return fused(z, bank, T, through)
+
+
+BACKENDS = {"auto": _auto, "fused": fused, "matmul": matmul_form, "reference": definition}
 "How the outputs are computed. All agree; only `reference` and `matmul` store `N x K` numbers."
 
 

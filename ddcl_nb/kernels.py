@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'TILES_PER_SLAB', 'ELEMENTS_PER_CHUNK', 'definition', 'matmul_form', 'Moments',
-           'merge', 'Slab', 'slabs', 'moments', 'finish', 'Saved', 'Gradients', 'fused_forward', 'fused_backward',
-           'fused']
+__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'TILES_PER_SLAB', 'ELEMENTS_PER_CHUNK', 'PASSES', 'definition', 'matmul_form',
+           'Moments', 'merge', 'Slab', 'slabs', 'moments', 'finish', 'Saved', 'Gradients', 'fused_forward',
+           'fused_backward', 'fused']
 
 # %% ../nbs/library/000_kernels.ipynb #d780f9b0
 def _outputs(z, bank, T, squared, through, second_moment=None):
@@ -155,7 +155,7 @@ def _slab_moments(x: Tensor, T: Tensor, slab: Slab, memory: Tensor) -> Moments:
     "Moments of one slab for a chunk of tokens (n, m); `memory` is overwritten."
     (n, m), (t, k) = x.shape, slab.norms.shape
     scale = 2 * LOG2E / T
-    rows = torch.cat([x * scale, -scale.expand(n, 1)], -1)
+    rows = torch.nn.functional.pad(x, (0, 1), value=-1.0).mul_(scale)
     w = _products(rows, slab.table[..., :-1], slab.spare, memory)
     top = w.amax((0, 2)) if t == 1 else w.amax(-1).amax(0)
     index = _nearest(w.sub_(top[:, None]), top)
@@ -249,12 +249,15 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
 
 def _wish(x, centroid, vector, pull, push, scalar):
     "`[G | s]` (n, m + 1): `vector - 2 pull x + 2 push centroid`, and twice the factor of `|p_k|^2 / 2`."
-    out = x.new_zeros(len(x), x.shape[1] + 1)
+    out = x.new_zeros(len(x), x.shape[1] + 1) if pull is None or scalar is None else x.new_empty(len(x), x.shape[1] + 1)
     G = out[:, :-1]
-    if vector is not None:
-        G.copy_(vector)
-    if pull is not None:
-        G.addcmul_(pull[:, None], x, value=-2)
+    if pull is None:
+        if vector is not None:
+            G.copy_(vector)
+    elif vector is None:
+        torch.mul(x, -2 * pull[:, None], out=G)
+    else:
+        torch.addcmul(vector, pull[:, None], x, value=-2, out=G)
     if push is not None:
         G.addcmul_(push[:, None], centroid, value=2)
     if scalar is not None:
@@ -341,13 +344,14 @@ def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Te
             mean = mean + entropy * (own.entropy - own.others.log1p())
             entropy = entropy / (1 + own.others) / LOG2E**2
         stack = _stack(x, own, T, fixed, asked, mean)
-        pull, total = torch.zeros_like(x), x.new_zeros(len(x))
+        pull, total = None, x.new_zeros(len(x))
         for slab, into in zip(pieces, sums):
             both, moved, logs, (here, places, flat) = _weights(stack, slab, own.index, memory, entropy, bool(stack.u) and (entropy is not None or needs[2]))
             if stack.u:
                 rest = x.new_zeros(len(x))
                 for i, t in enumerate(moved):
-                    pull.addmm_(t, slab.bank[i])
+                    if needs[0]:
+                        pull = t @ slab.bank[i] if pull is None else pull.addmm_(t, slab.bank[i])
                     rest += t.sum(-1)
                 total += rest
                 if needs[2]:
@@ -358,12 +362,16 @@ def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Te
                 for i in range(len(into)):
                     into[i].addmm_(stack.given.mT, both[i])
         if stack.u:
-            pull.addcmul_(total[:, None], bank.index_select(0, own.index), value=-1)
+            if needs[0]:
+                pull.addcmul_(total[:, None], bank.index_select(0, own.index), value=-1)
             if late is not None:
                 late.index_add_(0, own.index, stack.given[:len(x)] * -total[:, None])
         alpha = _sum(part.recon, part.loss, part.free_energy)
         held = torch.zeros_like(x) if alpha is None else x.sub_(own.centroids).mul_(2 * alpha[:, None])
-        torch.addcmul(held, pull, scale, out=dz[rows])
+        if pull is None:
+            dz[rows] = held
+        else:
+            torch.addcmul(held, pull, scale, out=dz[rows])
     by = torch.cat([s.mT.reshape(-1, m + 1)[:p.size] for s, p in zip(sums, pieces)])
     if late is not None:
         by += late
@@ -377,13 +385,23 @@ def _stacked(heads: list[list[Tensor]]) -> list[Tensor]:
     return [x[0][None] if len(x) == 1 else torch.stack(x) for x in zip(*heads)]
 
 
+PASSES = {}
+"By device type: kernels of other modules, as `(available, forward, backward)` with the signatures of the two functions below."
+
+
 def fused_forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
     "All heads: centroids (H, N, m), five terms and the index (H, N), then what the backward pass needs beside them."
+    available, forward, _ = PASSES.get(z.device.type, (None, None, None))
+    if available is not None and available(z, bank):
+        return forward(z, bank, T)
     return _stacked([_forward(z[h], bank[h], T[h]) for h in range(len(z))])
 
 
 def fused_backward(z, bank, T, kept: list[Tensor], gradients: Gradients, through, needs) -> list[Tensor]:
     "Gradients of all heads with respect to tokens, prototypes and temperatures; `kept` as `Saved`."
+    available, _, backward = PASSES.get(z.device.type, (None, None, None))
+    if available is not None and available(z, bank):
+        return backward(z, bank, T, kept, gradients, through, needs)
     return _stacked([_backward(z[h], bank[h], T[h], Saved(*(s[h] for s in kept)), gradients.part(h), through, needs) for h in range(len(z))])
 
 
