@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .kernels import ELEMENTS_PER_CHUNK, PASSES, _chunks, definition, fused, matmul_form
+
 # %% auto #0
-__all__ = ['LOWEST_TEMPERATURE', 'ELEMENTS_PER_CHUNK', 'THROUGH', 'BACKENDS', 'assignments', 'NonFiniteInput', 'check_inputs',
-           'Decomposition', 'decompose', 'DDCLOutput', 'ddcl']
+__all__ = ['LOWEST_TEMPERATURE', 'THROUGH', 'BACKENDS', 'assignments', 'NonFiniteInput', 'check_inputs', 'Decomposition',
+           'decompose', 'DDCLOutput', 'ddcl']
 
 # %% ../nbs/library/00_assign.ipynb #bc273c4e
 def assignments(tokens: Tensor,  # `(..., N, m)`, or `(..., H, N, m)` for a bank of `H` heads
@@ -194,179 +196,6 @@ def _squared_distances(z: Tensor, bank: Tensor) -> Tensor:
     "`|z_n - p_k|^2` by differences, without the cancellation of the expanded square: (H, N, K)"
     return torch.cdist(z, bank, compute_mode="donot_use_mm_for_euclid_dist").square()
 
-# %% ../nbs/library/00_assign.ipynb #9ab381d0
-def _outputs(z, bank, T, squared, through, second_moment=None):
-    "All differentiable outputs from squared distances (H, N, K), as plain operations."
-    T = T[:, None, None]
-    log_q = torch.log_softmax(-squared / T, -1)
-    q = log_q.exp()
-    free = -T[..., 0] * torch.logsumexp(-squared / T, -1)
-    q_centroid, q_loss = (q if flows else q.detach() for flows in through)
-    centroids, anchor = q_centroid @ bank, q_loss @ bank
-    recon = (z - anchor).square().sum(-1)
-    if second_moment is None:
-        variance = (q_loss[..., None] * (bank[:, None] - anchor[:, :, None]).square()).sum((-2, -1))
-    else:
-        variance = (q_loss * second_moment[:, None]).sum(-1) - anchor.square().sum(-1)
-    entropy = -torch.where(q > 0, q_loss * (log_q if through[1] else log_q.detach()), 0).sum(-1)
-    return centroids, (q_loss * squared).sum(-1), recon, variance, entropy, free
-
-
-def _reference(z, bank, T, through):
-    "The definition: broadcast differences, `N x K x m` numbers."
-    squared = (z[:, :, None] - bank[:, None]).square().sum(-1)
-    return (*_outputs(z, bank, T, squared, through), squared.argmin(-1))
-
-# %% ../nbs/library/00_assign.ipynb #fc7cb2db
-def _matmul_form(z, bank, T, through):
-    "The definition through one matrix product on centred inputs: `N x K` numbers, differentiable to any order."
-    origin = bank.detach().mean(-2, keepdim=True)
-    z, bank = z - origin, bank - origin
-    norms = bank.square().sum(-1)
-    squared = z.square().sum(-1, keepdim=True) - 2 * z @ bank.mT + norms[:, None]
-    centroids, *rest = _outputs(z, bank, T, squared, through, norms)
-    return centroids + origin, *rest
-
-# %% ../nbs/library/00_assign.ipynb #01447b21
-ELEMENTS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
-"Numbers alive at one time in a chunk, by device type: what the caches like (measured)."
-
-
-def _chunks(n: int, n_prototypes: int, width: int, device: torch.device):
-    "Slices of rows, so that the weights (rows x K) and a few vectors per row stay within the budget."
-    rows = max(256, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (n_prototypes + 4 * width))
-    return [slice(start, min(start + rows, n)) for start in range(0, max(n, 1), rows)]
-
-
-def _moments(z, bank, T):
-    "One chunk of one head: nearest prototype and its index, shift, spread, and `ln Z`."
-    norms = bank.square().sum(-1, keepdim=True)
-    w = torch.addmm(-norms.mT / T, z, bank.mT * (2 / T))  # logits (n, K)
-    top, index = w.max(-1, keepdim=True)
-    w.sub_(top).exp_().scatter_(-1, index, 0)
-    M, Q, others = (w @ torch.cat([bank, norms, torch.ones_like(norms)], -1)).split([bank.shape[-1], 1, 1], -1)
-    Z, nearest = 1 + others, bank[index[:, 0]]
-    shift = torch.addcmul(M, others, nearest, value=-1) / Z
-    spread = (Q - 2 * (M * nearest).sum(-1, keepdim=True) + others * norms[index[:, 0]]) / Z
-    return nearest, index[:, 0], shift, spread[:, 0].clamp_min(0), others[:, 0].log1p()
-
-# %% ../nbs/library/00_assign.ipynb #60ba5a9f
-def _fused_forward(z, bank, T, chunks):
-    "Outputs of one head (N, ...), and the centred soft centroids that the backward pass needs."
-    origin = bank.mean(-2, keepdim=True)
-    bank, out = bank - origin, []
-    for rows in chunks:
-        x = z[rows] - origin
-        nearest, index, shift, spread, log_z = _moments(x, bank, T)
-        a = x - nearest
-        squared, excess = a.square().sum(-1), (spread - 2 * (a * shift).sum(-1)).clamp_min(0)
-        recon, variance = (a - shift).square().sum(-1), (spread - shift.square().sum(-1)).clamp_min(0)
-        entropy = (log_z + excess / T).clamp_max(math.log(len(bank)))
-        centred = nearest + shift
-        out.append((centred + origin, squared + excess, recon, variance, entropy, squared - T * log_z, index, centred))
-    return [torch.cat(parts) for parts in zip(*out)]
-
-# %% ../nbs/library/00_assign.ipynb #67504f3d
-def _held_fixed(x, centroid, g):
-    "What tokens ask of the bank with q fixed: vectors (N, m) to be summed by q, scalars (N,) that multiply p_k, and dz."
-    anchor, pull = x - centroid, g.recon + g.loss
-    scalar = g.variance + g.loss + g.free_energy
-    vector = (g.centroids - 2 * pull[:, None] * anchor - 2 * (g.variance + g.loss)[:, None] * centroid - 2 * g.free_energy[:, None] * x)
-    return vector, scalar, 2 * (pull + g.free_energy)[:, None] * anchor
-
-
-def _wish(x, centroid, g, through):
-    "What tokens ask of their weights: `G` and the factor of |p_k|^2 side by side, (N, m + 1)."
-    losses = float(through[1])
-    factor = losses * (g.variance + g.loss)[:, None]
-    G = through[0] * g.centroids - 2 * losses * (g.recon + g.loss)[:, None] * (x - centroid) - 2 * factor * centroid
-    return torch.cat([G, factor], -1)
-
-
-def _logit_gradient(wish, q, index, table, of_entropy):
-    "`t` (n, K), whose rows sum to zero exactly, and its pull on the tokens `sum_k t_k p_k` (n, m)."
-    u = wish @ table[:, :-1].mT
-    if of_entropy.any():
-        u -= of_entropy[:, None] * q.clamp_min(torch.finfo(q.dtype).tiny).log()
-    u -= torch.linalg.vecdot(q, u)[:, None]
-    t = u.mul_(q).scatter_(-1, index, 0)
-    M, _, others = (t @ table).split([table.shape[-1] - 2, 1, 1], -1)
-    return t.scatter_(-1, index, -others), torch.addcmul(M, others, table[index[:, 0], :-2], value=-1)
-
-
-def _fused_backward(z, bank, T, saved, g, through, chunks, with_temperature):
-    "Gradients of one head with respect to tokens (N, m), prototypes (K, m) and temperature ()."
-    origin = bank.mean(-2, keepdim=True)
-    bank = bank - origin
-    norms = bank.square().sum(-1, keepdim=True)
-    table = torch.cat([bank, norms, torch.ones_like(norms)], -1)
-    by_q, by_t, dz, dT = torch.zeros_like(table[:, 1:]), torch.zeros_like(table[:, 1:]), torch.empty_like(z), -(g.free_energy * saved.entropy).sum()
-    for rows in chunks:
-        x, centroid, part = z[rows] - origin, saved.centred[rows], _Gradients(*(v[rows] for v in g))
-        logits = torch.addmm(-norms.mT / T, x, bank.mT * (2 / T))
-        q = torch.softmax(logits, -1)
-        vector, scalar, dz[rows] = _held_fixed(x, centroid, part)
-        by_q.addmm_(q.mT, torch.cat([vector, scalar[:, None]], -1))
-        if any(through):
-            index = saved.index[rows, None]
-            t, pull = _logit_gradient(_wish(x, centroid, part, through), q, index, table, through[1] * part.entropy)
-            dz[rows] += (2 / T) * pull
-            if with_temperature:
-                dT -= t.flatten() @ logits.sub_(logits.gather(-1, index)).flatten() / T
-            by_t.addmm_(t.mT, torch.cat([x, torch.ones_like(x[:, :1])], -1))
-    dbank = by_q[:, :-1] + 2 * bank * by_q[:, -1:] + (2 / T) * (by_t[:, :-1] - bank * by_t[:, -1:])
-    return dz, dbank, dT
-
-# %% ../nbs/library/00_assign.ipynb #8548aed5
-class _Gradients(NamedTuple):
-    "Incoming gradients, one per differentiable output."
-    centroids: Tensor
-    loss: Tensor
-    recon: Tensor
-    variance: Tensor
-    entropy: Tensor
-    free_energy: Tensor
-
-
-class _Saved(NamedTuple):
-    "What the backward pass keeps beside its inputs: O(N m) numbers."
-    centred: Tensor
-    entropy: Tensor
-    index: Tensor
-
-
-class _Fused(torch.autograd.Function):
-    "Forward and backward in chunks of rows; tokens (H, N, m), bank (H, K, m), temperature (H,)."
-
-    @staticmethod
-    def forward(ctx, z, bank, T, through):
-        chunks = _chunks(z.shape[1], *bank.shape[1:], z.device)
-        per_head = [_fused_forward(z[h], bank[h], T[h], chunks) for h in range(len(z))]
-        *outputs, index, centred = (torch.stack(parts) for parts in zip(*per_head))
-        ctx.save_for_backward(z, bank, T, centred, outputs[4], index)
-        ctx.through = through
-        ctx.mark_non_differentiable(index)
-        return *outputs, index
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        z, bank, T, *saved = ctx.saved_tensors
-        with torch.autocast(z.device.type, enabled=False):
-            if torch.is_grad_enabled():
-                return *_differentiable_backward(z, bank, T, ctx.through, gradients[:-1]), None
-            chunks = _chunks(z.shape[1], *bank.shape[1:], z.device)
-            per_head = [_fused_backward(z[h], bank[h], T[h], _Saved(*(s[h] for s in saved)), _Gradients(*(g[h] for g in gradients[:-1])),
-                                        ctx.through, chunks, ctx.needs_input_grad[2]) for h in range(len(z))]
-        return *(torch.stack(parts) for parts in zip(*per_head)), None
-
-
-def _differentiable_backward(z, bank, T, through, gradients):
-    "The backward pass as a graph of its own, for second derivatives."
-    inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in (z, bank, T)]
-    outputs = _matmul_form(*inputs, through)
-    pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad]
-    return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True)
-
 # %% ../nbs/library/00_assign.ipynb #322548ad
 class DDCLOutput(NamedTuple):
     "What `ddcl` returns. Loss terms, entropy and free energy are per token; masked tokens have zeros and index -1."
@@ -382,8 +211,14 @@ class DDCLOutput(NamedTuple):
 THROUGH = {"full": (True, True), "stop": (False, False), "stop-loss": (True, False)}
 "For each `grad`: are the soft centroids, and are the loss terms, differentiated through the softmax?"
 
-BACKENDS = {"auto": _Fused.apply, "fused": _Fused.apply, "matmul": lambda *a: (*_matmul_form(*a), _logits(*_centred(*a[:2]), a[2]).argmax(-1)),
-            "reference": _reference}
+def _auto(z, bank, T, through):
+    "The fused pass; on a GPU with the kernels of `gpu`, which are loaded when they are first needed."
+    if z.is_cuda and "cuda" not in PASSES:
+        from ddcl_nb import gpu  # noqa: F401, registers itself
+    return fused(z, bank, T, through)
+
+
+BACKENDS = {"auto": _auto, "fused": fused, "matmul": matmul_form, "reference": definition}
 "How the outputs are computed. All agree; only `reference` and `matmul` store `N x K` numbers."
 
 
