@@ -27,8 +27,8 @@ class WorkerFailed(RuntimeError):
     "Another process of the group stopped with an error, is somewhere else in the program, or was lost."
 
 
-class NonFiniteElsewhere(FloatingPointError):
-    "Another process of the group met a NaN or an infinite value."
+class NonFiniteElsewhere(FloatingPointError, ValueError):
+    "Another process of the group met a NaN or an infinite value, in its tokens or in its loss."
 
 
 MESSAGE_BYTES = 1024
@@ -134,10 +134,10 @@ class Processes:
         worst, last, first = self.max(torch.tensor([code, place, -place]), "agreement").tolist()
         if worst:
             kind, source = divmod(worst, self.size)
-            words = _decode(self.broadcast(_encode(str(error) if kind == 2 else f"{type(error).__name__}: {error}"), source, "agreement"))
+            words = _decode(self.broadcast(_encode(str(error) if kind == 2 else f"{stage}: {type(error).__name__}: {error}"), source, "agreement"))
             if error is not None:
                 raise _everywhere(error)
-            raise _everywhere(NonFiniteElsewhere(words) if kind == 2 else WorkerFailed(f"process {source} of {self.size} failed in {stage}: {words}"))
+            raise _everywhere(NonFiniteElsewhere(words) if kind == 2 else WorkerFailed(f"process {source} of {self.size} failed in {words}"))
         if last != -first:
             raise _everywhere(WorkerFailed(f"the {self.size} processes are at different places, this one at the end of {stage}: do they run the same program on the same data?"))
 

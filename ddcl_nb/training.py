@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -307,9 +307,8 @@ def add_gradients(parameters: Sequence[Tensor], among: Processes, numbers: int =
     "Replace gradients by their sums over processes, in buckets of so many numbers; a parameter that no process used stays without."
     if among.size == 1:
         return
-    used = among.sum(torch.tensor([float(p.grad is not None) for p in parameters]), "gradients").tolist()
     bucket, size = [], 0
-    for p in [p for p, times in zip(parameters, used) if times] + [None]:
+    for p in [*parameters, None]:
         if bucket and (p is None or size + p.numel() > numbers or p.dtype != bucket[0].dtype):
             _add_bucket(bucket, among)
             bucket, size = [], 0
@@ -319,9 +318,11 @@ def add_gradients(parameters: Sequence[Tensor], among: Processes, numbers: int =
 
 
 def _add_bucket(bucket: list[Tensor], among: Processes) -> None:
-    flat = among.sum(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket]), "gradients")
-    for p, total in zip(bucket, flat.split([p.numel() for p in bucket])):
-        p.grad = total.view_as(p).clone()
+    used = bucket[0].new_tensor([p.grad is not None for p in bucket])
+    flat = among.sum(torch.cat([*(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket), used]), "gradients")
+    *totals, used = flat.split([*(p.numel() for p in bucket), len(bucket)])
+    for p, total, times in zip(bucket, totals, used.tolist()):
+        p.grad = total.view_as(p).clone() if times else None
 
 # %% ../nbs/library/06_training.ipynb #f63bd3af
 def same_start(model: nn.Module, among: Processes) -> None:
@@ -541,9 +542,12 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclass
 class FitResult:
-    "`history`: a row of diagnostics an epoch; `resumed_from`: the epoch a checkpoint gave, 0 for a fresh run."
+    """`history`: a row of diagnostics an epoch; `resumed_from`: the epoch a checkpoint gave, 0 for a fresh run.
+
+    `traffic`: bytes that this process handed to collectives, by purpose, and how often; empty for a process alone."""
     history: list[dict] = field(default_factory=list)
     resumed_from: int = 0
+    traffic: Counter = field(default_factory=Counter, repr=False, compare=False)
 
     @property
     def last(self) -> dict:
@@ -717,11 +721,11 @@ def fit(model: nn.Module,
     with among.together("preparing the run"):
         refuse_sharded(model, among)
         device, loader = next(model.parameters()).device, _loader(data, plan.batch_size)
-        stepper, result = optimiser(param_groups(model, lr, ratio)), FitResult()
+        stepper, result = optimiser(param_groups(model, lr, ratio)), FitResult(traffic=among.traffic)
     same_run(plan, loader, among)
     if among.told(checkpoint is not None and resume and Path(checkpoint).exists()):
         with _read_by_all(checkpoint, among) as path:
-            result = FitResult(history := _restore(path, model, stepper, plan), len(history))
+            result = FitResult(history := _restore(path, model, stepper, plan), len(history), among.traffic)
     else:
         with among.together("initialisation"):
             if init is not None and among.first:

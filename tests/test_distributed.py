@@ -87,7 +87,8 @@ class Partly(nn.Module):
         self.bank, self.some, self.none = PrototypeBank(3, 6), nn.Linear(6, 6), nn.Linear(6, 6)
 
     def forward(self, tokens, mask=None):
-        return self.bank(self.some(tokens) if (tokens[:, 0, 0] > 1.0).any() else tokens, mask)
+        rows = tokens[:, 0, 0] > 0.8
+        return self.bank(torch.where(rows[:, None, None], self.some(tokens), tokens) if rows.any() else tokens, mask)
 
 
 def made(kind, seed=0):
@@ -124,10 +125,10 @@ RUNS = {
 EXACT = 1e-6
 
 
-def run(name, **more):
+def run(name):
     kind, data, settings = RUNS[name]
     model = made(kind)
-    found = fit(model, data(), **(SETTINGS | settings | more))
+    found = fit(model, data(), **(SETTINGS | {"epochs": 4 if name == "tokens and mask" else 2} | settings))
     return model, found
 
 
@@ -197,7 +198,7 @@ def scenario_errors(rank, folder):
     found = {}
     poisoned = TOKENS.clone()
     poisoned[6, 0, 0] = float("nan")  # in the part of process 1
-    batches = [poisoned[:7], TOKENS[7:14]]
+    batches = iter_again([poisoned[:7], TOKENS[7:14]])
     model = made(Net)
     found["nan"] = caught(NonFiniteLoss, lambda: fit(model, batches, **SETTINGS | {"init": None})), state(model)
     def loss(model, *batch):
@@ -323,7 +324,7 @@ def worker(rank, port, folder, kill):
             calls.append(model.training)
             if rank == 1 and sum(calls) == 11:  # the third epoch's third batch
                 os.kill(os.getpid(), signal.SIGKILL)
-            return bank_loss(model, *batch)
+            return [Mean(bank_loss(model, *batch), int(batch[1].count_nonzero()))]
         found = caught(WorkerFailed, lambda: fit(made(Net), (TOKENS, KEEP), loss=loss, checkpoint=folder / "lost" / "run", **SETTINGS))
         (folder / f"killed {rank}.json").write_text(json.dumps(found))
         return
@@ -332,14 +333,14 @@ def worker(rank, port, folder, kill):
 
 
 def in_two(folder, kill):
-    "Start both, wait at most a minute; their exit codes and what they said."
+    "Start both; their exit codes and what they said. What waits for another process for longer than 45 seconds is an error."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_distributed as t; t.worker(int(sys.argv[1]), {port}, {str(folder)!r}, {kill})"]
     both = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
     try:
-        said = [process.communicate(timeout=120)[0] for process in both]
+        said = [process.communicate(timeout=300)[0] for process in both]
     finally:
         for process in both:
             process.kill()
@@ -381,7 +382,7 @@ def test_two_processes_give_what_one_gives(two, name):
     (here, history), (there, other) = (process["runs"][name] for process in two)
     assert same(here, there) and history == other
     close(here, state(model))
-    assert len(history) == SETTINGS["epochs"]
+    assert len(history) == len(found.history) > 1
     for row, expected in zip(history, found.history):
         assert row.keys() == expected.keys()
         assert {k: v for k, v in row.items() if "gap" not in k} == pytest.approx({k: v for k, v in expected.items() if "gap" not in k}, rel=2e-5, abs=EXACT)
@@ -503,11 +504,11 @@ def test_k_means_on_parts_is_k_means_on_all(two):
 
 # --- a divided bank
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype, T, tolerance", [(torch.float64, 1.0, 1e-6), (torch.float64, 0.05, 1e-6), (torch.float32, 1.0, 1e-5),
+                                                 (torch.float32, 0.05, 2e-4)])  # distances are 1,000 T there, and rounded to 6e-8 of that
 @pytest.mark.parametrize("grad", ["full", "stop", "stop-loss"])
-@pytest.mark.parametrize("T", [0.05, 1.0])
 @pytest.mark.parametrize("everything", [True, False])
-def test_a_divided_bank_is_the_whole_bank(two, dtype, tolerance, grad, T, everything):
+def test_a_divided_bank_is_the_whole_bank(two, dtype, T, tolerance, grad, everything):
     z, p, t = (x.to(dtype).clone().requires_grad_() for x in (TOKENS, P, torch.tensor(T)))
     out = ddcl(z, p, t, mask=None if everything else KEEP, grad=grad, backend="reference")
     pulled(out).backward()
