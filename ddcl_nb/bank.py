@@ -342,7 +342,7 @@ class PrototypeBank(nn.Module):
         "Number of tokens, their sum and their sum weighted by the leading direction, all less the centre: (H, 1 + 2 m/H), float64."
         x = _canonical(z, self.prototypes, 1.0, mask)[0].to(self.centre.dtype) - self.centre[:, None]  # (H, N, m/H)
         w = x.new_full(x.shape[1:2], float(present)) if mask is None else present * mask.flatten().bool().to(x)
-        along = torch.einsum("n,hnm,hm->hn", w, x, self.direction)
+        along = torch.einsum("hnm,hm->hn", x, self.direction) * w
         sums = torch.einsum("n,hnm->hm", w, x), torch.einsum("hn,hnm->hm", along, x)
         return torch.cat([w.sum().expand(self.n_heads, 1), *sums], -1).double()
 

@@ -504,7 +504,9 @@ class Anchored:
                 hook.remove()
         counts = [int(self.among.sum(torch.tensor(seen.count * self.among.present), "anchors")) for seen in calls]
         anchors = sum(self.term(name, seen) for seen, count in zip(calls, counts) for name in self.anchors if name == "repulsion" or count > 1)
-        return value + anchors if self.among.size == 1 else [*terms_of(self.loss, value, batch), Mean(anchors, 1)]
+        if self.among.size == 1 and isinstance(value, Tensor):
+            return value + anchors
+        return [*terms_of(self.loss, value, batch), *([Mean(anchors, 1)] if isinstance(anchors, Tensor) else [])]
 
     def term(self, name: str, seen: Seen) -> Tensor:
         "The weighted term of one anchor."

@@ -119,6 +119,7 @@ RUNS = {
     "anchors, one row left over": (Coder, lambda: TOKENS[:22], dict(anneal=None, anchors=ANCHORS)),
     "no initialisation": (Net, lambda: (TOKENS, KEEP), dict(init=None)),
     "two means": (Reader, lambda: (TOKENS, KEEP, LABELS), dict(loss=two_means)),
+    "two means and anchors": (Reader, lambda: (TOKENS, KEEP, LABELS), dict(loss=two_means, anchors={"repulsion": 0.1, "variance_floor": 1.0})),
     "momentum, small clip": (Net, lambda: (TOKENS, KEEP), dict(clip=0.05, optimiser=lambda groups: torch.optim.SGD(groups, momentum=0.9), lr=0.05)),
     "parameters that some or none use": (Partly, lambda: TOKENS, {}),
 }
