@@ -8,17 +8,21 @@ Docs: https://ddcl-nb.github.io/ddcl_nb/library/bank.html.md"""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .assign import LOWEST_TEMPERATURE, DDCLOutput, NonFiniteInput, _canonical, _centred, _chunks, _logits, check_inputs, ddcl
-from .temperature import CURVATURE, Anneal, _weighted_tokens, critical_temperature, largest_variance
+from .distributed import Processes, processes
+from .kmeans import kmeans
+from .temperature import CURVATURE, Anneal, _counting_tokens, covariance, critical_temperature, largest_variance
 
 # %% auto #0
-__all__ = ['INITIALISERS', 'Separation', 'separation', 'cool', 'initial_prototypes', 'merge_prototypes', 'split_heads',
-           'merge_heads', 'PrototypeBank']
+__all__ = ['LARGE', 'INITIALISERS', 'Separation', 'separation', 'cool', 'initial_prototypes', 'merge_prototypes', 'split_heads',
+           'merge_heads', 'PrototypeBank', 'following_together']
 
 # %% ../nbs/library/02_bank.ipynb #873d59ab
 class Separation(NamedTuple):
@@ -76,7 +80,13 @@ def cool(tokens: Tensor,  # `(N, m)`
     return prototypes
 
 # %% ../nbs/library/02_bank.ipynb #a9025468
+LARGE = 100_000
+"More tokens than this are clustered by one run of `kmeans` instead of ten restarts of scikit-learn's."
+
+
 def _kmeans(z, K, seed):
+    if len(z) > LARGE:
+        return kmeans(z, K, seed).prototypes
     from sklearn.cluster import KMeans
     return KMeans(K, n_init=10, random_state=seed).fit(z.cpu().numpy()).cluster_centers_
 
@@ -111,18 +121,35 @@ INITIALISERS = {"kmeans": _kmeans, "kmeans++": _kmeans_plus_plus, "farthest": _f
 
 
 def initial_prototypes(tokens: Tensor,  # `(N, m)`
-                       n_prototypes: int, method: str = "kmeans", seed: int = 0) -> Tensor:  # `(K, m)`
+                       n_prototypes: int, method: str = "kmeans", seed: int = 0,
+                       among: Processes | None = None,  # processes that hold parts of the tokens: all get the same prototypes
+                       ) -> Tensor:  # `(K, m)`
     "Place prototypes among the tokens by one of `INITIALISERS`. Raises `ValueError` when there are fewer distinct tokens than prototypes."
     if method not in INITIALISERS:
         raise ValueError(f"method must be one of {', '.join(INITIALISERS)}; got {method!r}")
     if not isinstance(n_prototypes, int) or n_prototypes < 1:
         raise ValueError(f"n_prototypes must be a positive integer, got {n_prototypes!r}")
+    if among is not None and among.size > 1:
+        return _placed_together(tokens, n_prototypes, method, seed, among)
     if not tokens.isfinite().all():
         raise NonFiniteInput(f"tokens hold {int((~tokens.isfinite()).sum())} NaN or infinite values")
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     if (distinct := _count_distinct(tokens, n_prototypes)) < n_prototypes:
         raise ValueError(f"n_prototypes is {n_prototypes}, but there are only {distinct} distinct tokens")
     return torch.as_tensor(INITIALISERS[method](tokens, n_prototypes, seed), dtype=tokens.dtype, device=tokens.device)
+
+
+def _placed_together(tokens: Tensor, K: int, method: str, seed: int, among: Processes) -> Tensor:
+    "Many tokens stay where they are and k-means adds up sums; fewer are brought together, and process 0 places for all."
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    if method == "kmeans" and sum(among.counts(len(tokens))) > LARGE:
+        return kmeans(tokens, K, seed, among=among).prototypes
+    everything = among.rows(tokens, "initialisation")
+    placed = tokens.new_zeros(K, tokens.shape[1])
+    with among.together("initialisation"):
+        if among.first:
+            placed = initial_prototypes(everything, K, method, seed)
+    return among.broadcast(placed, label="initialisation")
 
 
 def _count_distinct(z: Tensor, enough: int) -> int:
@@ -180,6 +207,7 @@ class PrototypeBank(nn.Module):
         self.register_buffer("direction", torch.full((n_heads, width), width**-0.5))
         self.register_buffer("variance", torch.ones(n_heads))
         self.register_buffer("calibrated", torch.tensor(False))
+        self.follows = True  # false while `following_together` follows for it
         self.set_tau(tau)
         if temperature is not None:
             self.set_temperature(temperature)
@@ -240,9 +268,13 @@ class PrototypeBank(nn.Module):
         if self.training:
             check_inputs(z, self.prototypes, 1.0, mask)
             with torch.autocast(z.device.type, enabled=False):
-                self._follow(z.detach(), mask)
+                if self.follows:
+                    self._follow(z.detach(), mask)
         elif not torch.compiler.is_compiling() and not self.calibrated and not self.insisted.any():
             warnings.warn("this bank has seen no tokens: its temperature is a guess; call init_from or calibrate, or give temperature", stacklevel=2)
+        return self._assign(z, mask)
+
+    def _assign(self, z: Tensor, mask: Tensor | None) -> DDCLOutput:
         return ddcl(z, self.prototypes, self.temperature, mask=mask, grad=self.grad, backend=self.backend)
 
     def _check_width(self, tokens: Tensor) -> None:
@@ -250,20 +282,20 @@ class PrototypeBank(nn.Module):
             raise ValueError(f"tokens must be (..., N, {self.dim}), got {tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__}")
 
     @torch.no_grad()
-    def calibrate(self, tokens: Tensor, mask: Tensor | None = None) -> PrototypeBank:
-        "Measure the critical temperature on these tokens exactly, per head."
-        if not self._measure(tokens, mask):
+    def calibrate(self, tokens: Tensor, mask: Tensor | None = None, among: Processes | None = None) -> PrototypeBank:
+        "Measure the critical temperature on these tokens exactly, per head; on those of all processes if there are several."
+        if not self._measure(tokens, mask, among):
             raise ValueError("tokens are all equal: their critical temperature is 0, and no temperature separates prototypes")
         return self
 
-    def _measure(self, tokens: Tensor, mask: Tensor | None) -> bool:
+    def _measure(self, tokens: Tensor, mask: Tensor | None, among: Processes | None = None) -> bool:
         "Set centre, leading direction and variance from these tokens; false, with nothing set, if they are all equal."
-        clouds = torch.stack(self._clouds(tokens, mask)).double()  # (H, N, m/H)
-        centred = clouds - clouds.mean(-2, keepdim=True)
-        spectrum, vectors = torch.linalg.eigh(centred.mT @ centred / clouds.shape[1])
+        clouds = self._clouds(tokens, mask, among)
+        means, C = map(torch.stack, zip(*(covariance(z, z.new_ones(len(z), dtype=torch.float64), among) for z in clouds)))
+        spectrum, vectors = torch.linalg.eigh(C)
         if not (spectrum[:, -1] > 0).all():
             return False
-        for buffer, value in ((self.centre, clouds.mean(-2)), (self.direction, vectors[..., -1]), (self.variance, spectrum[:, -1])):
+        for buffer, value in ((self.centre, means), (self.direction, vectors[..., -1]), (self.variance, spectrum[:, -1])):
             buffer.copy_(value)
         self.calibrated.fill_(True)
         return True
@@ -271,37 +303,87 @@ class PrototypeBank(nn.Module):
     @torch.no_grad()
     def init_from(self, tokens: Tensor,  # `(..., N, dim)`
                   method: str = "kmeans",  # `kmeans`, `kmeans++`, `farthest`, `random` or `anneal`
-                  seed: int = 0, mask: Tensor | None = None) -> PrototypeBank:
-        "Place the prototypes among the tokens, each head in its own piece of them, and calibrate. Returns the bank."
-        clouds = self._clouds(tokens, mask)
-        placed = torch.stack([initial_prototypes(z.float(), self.n_prototypes, method, seed) for z in clouds])
+                  seed: int = 0, mask: Tensor | None = None,
+                  among: Processes | None = None) -> PrototypeBank:
+        """Place the prototypes among the tokens, each head in its own piece of them, and calibrate. Returns the bank.
+
+        With several processes the tokens are this one's part, and all get the same prototypes and temperature."""
+        clouds = self._clouds(tokens, mask, among)
+        placed = torch.stack([initial_prototypes(z.float(), self.n_prototypes, method, seed, among) for z in clouds])
         self.prototypes.copy_(placed.reshape(self.prototypes.shape))
-        return self.calibrate(tokens, mask)
+        return self.calibrate(tokens, mask, among)
 
     def separation(self) -> Separation:
         "`S_mean` and `S_min` of the prototypes, `()` or `(H,)`."
         return separation(self.prototypes)
 
-    def _clouds(self, tokens: Tensor, mask: Tensor | None) -> list[Tensor]:
+    def _clouds(self, tokens: Tensor, mask: Tensor | None, among: Processes | None = None) -> list[Tensor]:
         "The tokens that count, `(N, m/H)` for each head."
         self._check_width(tokens)
-        kept = _weighted_tokens(tokens.detach(), mask, None)[0].to(torch.promote_types(tokens.dtype, torch.float32))
+        kept = _counting_tokens(tokens.detach(), mask, None)[0].to(torch.promote_types(tokens.dtype, torch.float32))
+        if not len(kept) and (among is None or among.size == 1):
+            raise ValueError("tokens are all masked or have weight 0")
         return list(kept.to(self.prototypes.device).unflatten(-1, (self.n_heads, -1)).unbind(1))
 
     @torch.no_grad()
-    def _follow(self, z: Tensor, mask: Tensor | None) -> None:
-        "Oja's rule: turn the leading direction, and move its variance, a little towards this batch; calibrate on the first."
-        w = mask if mask is not None else z.new_ones(z[..., 0].shape if self.n_heads == 1 else z[..., 0, :, 0].shape)
-        if w.count_nonzero() < 2:
+    def _follow(self, z: Tensor, mask: Tensor | None, among: Processes | None = None) -> None:
+        "Turn the leading direction, and move its variance, a little towards this batch; calibrate on the first."
+        among = among or Processes()
+        sums = among.sum(self._batch_sums(z, mask, among.present), "following T_c")
+        if sums[0, 0] < 2:
             return
-        if not self.calibrated:
-            self._measure(merge_heads(z, self.n_heads), mask)
-            return
-        z = _canonical(z, self.prototypes, 1.0, mask)[0].to(self.centre.dtype)  # (H, N, m/H)
-        w = w.flatten().to(z.dtype) / w.count_nonzero()
-        self.centre.lerp_(torch.einsum("n,hnm->hm", w, z), self.momentum)
-        x = z - self.centre[:, None]
-        along = torch.einsum("hnm,hm->hn", x, self.direction)
-        self.direction.mul_(self.variance[:, None]).lerp_(torch.einsum("n,hn,hnm->hm", w, along, x), self.momentum)
-        self.direction.div_(self.direction.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny))
-        self.variance.lerp_(along.square() @ w, self.momentum)
+        if self.calibrated:
+            self._oja(sums)
+        else:
+            nobody = None if among.present else z.new_zeros(z[..., 0].shape if self.n_heads == 1 else z[..., 0, :, 0].shape, dtype=torch.bool)
+            self._measure(merge_heads(z, self.n_heads), mask if nobody is None else nobody, among)
+
+    def _batch_sums(self, z: Tensor, mask: Tensor | None, present: bool) -> Tensor:
+        "Number of tokens, their sum and their sum weighted by the leading direction, all less the centre: (H, 1 + 2 m/H), float64."
+        x = _canonical(z, self.prototypes, 1.0, mask)[0].to(self.centre.dtype) - self.centre[:, None]  # (H, N, m/H)
+        w = x.new_full(x.shape[1:2], float(present)) if mask is None else present * mask.flatten().bool().to(x)
+        along = torch.einsum("hnm,hm->hn", x, self.direction) * w
+        sums = torch.einsum("n,hnm->hm", w, x), torch.einsum("hn,hnm->hm", along, x)
+        return torch.cat([w.sum().expand(self.n_heads, 1), *sums], -1).double()
+
+    def _oja(self, sums: Tensor) -> None:
+        "Oja's rule from the sums of a batch: the centre moves first, and the rest is taken from where it went."
+        n, mean, pulled = sums.split([1, self.centre.shape[1], self.centre.shape[1]], -1)
+        mean, pulled, d = mean / n, pulled / n, self.direction.double()
+        step = self.momentum * mean
+        pulled = pulled - step * (mean * d).sum(-1, keepdim=True) + (step - mean) * (step * d).sum(-1, keepdim=True)
+        self.centre.add_(step)
+        turned = (d * self.variance[:, None]).lerp(pulled, self.momentum)
+        self.direction.copy_(turned / turned.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny))
+        self.variance.lerp_((d * pulled).sum(-1).to(self.variance.dtype), self.momentum)
+
+# %% ../nbs/library/02_bank.ipynb #dfe81482
+@contextmanager
+def following_together(*banks: PrototypeBank, among: Processes | None = None) -> Iterator[Processes]:
+    "While this lasts, banks in training follow the critical temperature of the tokens of all processes; each has to be called equally often in all."
+    among = among or processes()
+
+    def follow(bank: PrototypeBank, args: tuple, kwargs: dict) -> None:
+        given = dict(zip(("tokens", "mask"), args)) | kwargs
+        if bank.training and not bank.follows:
+            _follow_together(bank, given["tokens"], given.get("mask"), among)
+
+    hooks = [bank.register_forward_pre_hook(follow, with_kwargs=True) for bank in banks]
+    for bank in banks:
+        bank.follows = False
+    try:
+        yield among
+    finally:
+        for bank, hook in zip(banks, hooks):
+            bank.follows = True
+            hook.remove()
+
+
+def _follow_together(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, among: Processes) -> None:
+    "What `forward` checks and follows, with sums over processes."
+    with among.together("a batch of tokens"):
+        bank._check_width(tokens)
+        z = split_heads(tokens.detach(), bank.n_heads)
+        check_inputs(z, bank.prototypes, 1.0, mask)
+    with torch.autocast(z.device.type, enabled=False):
+        bank._follow(z, mask, among)

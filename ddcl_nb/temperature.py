@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from .assign import NonFiniteInput, assignments, check_inputs
+from .distributed import Processes
 
 # %% auto #0
-__all__ = ['CURVATURE', 'SHAPES', 'largest_variance', 'critical_temperature', 'Anneal', 'split_temperatures']
+__all__ = ['CURVATURE', 'SHAPES', 'covariance', 'largest_variance', 'critical_temperature', 'Anneal', 'split_temperatures']
 
 # %% ../nbs/library/01_temperature.ipynb #72e325b9
 CURVATURE = {"stop": 2.0, "full": 4.0, "stop-loss": 2.0}
 "`T_c / lambda_max(C)` for each way of differentiating the loss."
 
 
-def _weighted_tokens(tokens: Tensor, mask: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    "Tokens `(N, m)` in float64 without the masked ones, and weights `(N,)` that sum to one."
+def _counting_tokens(tokens: Tensor, mask: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    "Tokens `(N, m)` without the masked ones, not copied where none is, and weights `(N,)` in float64. May be empty."
     if tokens.dim() < 2:
         raise ValueError(f"tokens must be (..., N, m), got shape {tuple(tokens.shape)}")
     w = torch.ones(tokens.shape[:-1], dtype=torch.float64, device=tokens.device) if weights is None else weights.double()
@@ -33,23 +34,49 @@ def _weighted_tokens(tokens: Tensor, mask: Tensor | None, weights: Tensor | None
             raise ValueError(f"{name} must have shape {tuple(tokens.shape[:-1])}, got {tuple(x.shape)}")
     if not w.isfinite().all():
         raise ValueError(f"weights hold {int((~w.isfinite()).sum())} NaN or infinite values")
-    keep = (w > 0) if mask is None else mask.bool() & (w > 0)
     if (w < 0).any():
         raise ValueError(f"weights must not be negative, got {float(w.min()):g}")
-    if not keep.any():
-        raise ValueError("tokens are all masked or have weight 0")
-    z, w = tokens[keep].double(), w[keep]
-    if not z.isfinite().all():
+    keep = (w > 0) if mask is None else mask.bool() & (w > 0)
+    z, w = (tokens.reshape(-1, tokens.shape[-1]), w.flatten()) if keep.all() else (tokens[keep], w[keep])
+    if not z.sum(dtype=torch.float64).isfinite():
         raise NonFiniteInput(f"tokens hold {int((~z.isfinite()).sum())} NaN or infinite values")
-    return z, w / w.sum()
+    return z, w
+
+
+def _weighted_tokens(tokens: Tensor, mask: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    "Tokens `(N, m)` in float64 without the masked ones, and weights `(N,)` that sum to one."
+    z, w = _counting_tokens(tokens, mask, weights)
+    if not len(z):
+        raise ValueError("tokens are all masked or have weight 0")
+    return z.double(), w / w.sum()
+
+
+def covariance(z: Tensor, w: Tensor, among: Processes | None = None) -> tuple[Tensor, Tensor]:
+    "Weighted mean `(m,)` and covariance `(m, m)` in float64 of tokens `(N, m)`, in chunks; of the tokens of all processes if there are several."
+    among, m, parts = among or Processes(), z.shape[1], list(zip(z.split(65536), w.double().split(65536)))
+    sums = sum((torch.cat([w @ x.double(), w.sum()[None]]) for x, w in parts), z.new_zeros(m + 1, dtype=torch.float64))
+    sums = among.sum(sums, "critical temperature")
+    if not sums[-1] > 0:
+        raise ValueError("tokens are all masked or have weight 0")
+    mean = sums[:-1] / sums[-1]
+    gram = z.new_zeros(m, m, dtype=torch.float64)
+    for x, v in parts:
+        x = x.double() - mean
+        gram.addmm_((v[:, None] * x).mT, x)
+    return mean, among.sum(gram, "critical temperature") / sums[-1]
 
 
 def largest_variance(tokens: Tensor,  # `(..., N, m)`
                      *,
                      mask: Tensor | None = None,  # `(..., N)`
                      weights: Tensor | None = None,  # `(..., N)`, not negative
+                     among: Processes | None = None,  # processes that hold parts of the tokens
                      ) -> Tensor:  # `()`, squared units of the tokens, float64
     "`lambda_max` of the covariance of the tokens (weighted, divided by the total weight)."
+    if among is not None and among.size > 1:
+        with among.together("reading tokens"):
+            counting = _counting_tokens(tokens.detach(), mask, weights)
+        return torch.linalg.eigvalsh(covariance(*counting, among)[1])[-1].clamp_min(0)
     z, w = _weighted_tokens(tokens.detach(), mask, weights)
     z = (z - w @ z) * w.sqrt()[:, None]
     gram = z.mT @ z if z.shape[0] >= z.shape[1] else z @ z.mT
@@ -61,13 +88,14 @@ def critical_temperature(tokens: Tensor,  # `(..., N, m)`; all leading dimension
                          mask: Tensor | None = None,  # `(..., N)`, true where a token counts
                          weights: Tensor | None = None,  # `(..., N)`, not negative
                          grad: str = "full",  # `full` or `stop`: how the loss is differentiated
+                         among: Processes | None = None,  # processes that hold parts of the tokens: all get the same value
                          ) -> Tensor:  # `()`, squared units of the tokens, float64
     """The temperature above which a collapsed bank is stable: `4 lambda_max(C)` for the full gradient, `2 lambda_max(C)` for stop-gradient.
 
     Zero when all tokens are equal. Raises `ValueError` for NaN tokens, wrong shapes, negative weights, or nothing left by the mask."""
     if grad not in CURVATURE:
         raise ValueError(f"grad must be one of {', '.join(CURVATURE)}; got {grad!r}")
-    return CURVATURE[grad] * largest_variance(tokens, mask=mask, weights=weights)
+    return CURVATURE[grad] * largest_variance(tokens, mask=mask, weights=weights, among=among)
 
 # %% ../nbs/library/01_temperature.ipynb #860d0eb3
 SHAPES = {

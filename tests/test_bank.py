@@ -317,3 +317,24 @@ def test_an_uncalibrated_bank_says_so_when_it_is_asked():
 def test_unsuitable_arguments_are_named(unsuitable, message):
     with pytest.raises(ValueError, match=message):
         PrototypeBank(**(dict(n_prototypes=4, dim=6) | unsuitable))
+
+
+@pytest.mark.parametrize("n_heads", [1, 2])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_step_of_following_is_that_of_its_definition(n_heads, offset, masked):
+    torch.manual_seed(0)
+    start, z = torch.randn(200, 6) + offset, 1.5 * torch.randn(30, 4, 6) + offset + 0.3
+    keep = torch.rand(30, 4) > 0.4 if masked else None
+    bank = PrototypeBank(4, 6, n_heads=n_heads, momentum=0.1).calibrate(start)
+    centre, direction, variance = (b.clone().double() for b in (bank.centre, bank.direction, bank.variance))
+    bank.train()(z, keep)
+    x = (z if keep is None else z[keep]).double().reshape(-1, n_heads, 6 // n_heads).movedim(1, 0)
+    centre = 0.9 * centre + 0.1 * x.mean(1)
+    for h in range(n_heads):
+        y = x[h] - centre[h]
+        along = y @ direction[h]
+        turned = 0.9 * variance[h] * direction[h] + 0.1 * (along[:, None] * y).mean(0)
+        torch.testing.assert_close(bank.centre[h].double(), centre[h], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(bank.direction[h].double(), turned / turned.norm(), rtol=1e-4, atol=1e-4 if offset else 1e-6)
+        torch.testing.assert_close(bank.variance[h].double(), 0.9 * variance[h] + 0.1 * along.square().mean(), rtol=1e-3 if offset else 1e-6, atol=0)
