@@ -492,7 +492,7 @@ class DDCLClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         merged = len(p) > self.n_clusters_
         for rows in _chunks(len(X), *p.shape, p.device):
             q = assignments(self._units.reduce(X[rows]), p, self._reduced_temperature)
-            yield q @ groups if merged else q
+            yield (q @ groups).clamp_max(1) if merged else q
 
     @staticmethod
     def _label(q: Tensor) -> tuple[np.ndarray, np.ndarray]:

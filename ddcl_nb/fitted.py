@@ -19,17 +19,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 
 import ddcl_nb
-from .estimators import DDCLClusterer
 from .extras import require
 from .progress import progress
 from .sources import BadChoice, Block, Reservoir, Source, SourceError, open_source
 from .storage import StateError, atomic, load_state, save_state, write_text
+
+if TYPE_CHECKING:
+    from ddcl_nb.estimators import DDCLClusterer
 
 # %% auto #0
 __all__ = ['TEXTS_PER_PIECE', 'SCALES', 'SAMPLE_ROWS', 'SAMPLE_NUMBERS', 'SAMPLE_PER_PROTOTYPE', 'EXAMPLES', 'CHARACTERS',
@@ -139,6 +141,7 @@ class FitPlan:
             raise BadChoice(str(error)) from None
 
     def clusterer(self) -> DDCLClusterer:
+        from ddcl_nb.estimators import DDCLClusterer
         return DDCLClusterer(self.k, n_prototypes=self.n_prototypes, tau=self.tau, random_state=self.seed)
 
     @property
@@ -255,6 +258,7 @@ class _Sums:
     rows: int = 0
 
     def add(self, clusterer: DDCLClusterer, X: np.ndarray) -> None:
+        from scipy.sparse import csr_matrix
         z, p, squared = _squared(clusterer, X)
         least, index = squared.min(-1)
         if clusterer._soft_tau is None:
@@ -341,7 +345,10 @@ def _recover(out: Path, place: Path) -> None:
 
 
 def put_in_place(place: Path, out: Path) -> None:
-    "Let the finished folder `place/result` become `out`, and remove the stages."
+    "Let the finished folder `place/result` become `out`, without what a killed writer left in it, and remove the stages."
+    for path in (place / "result").iterdir():
+        if path.name not in RESULT_FILES:
+            path.unlink()
     if out.exists():
         shutil.rmtree(place / "replaced", ignore_errors=True)
         os.rename(out, place / "replaced")
@@ -471,6 +478,7 @@ class FittedModel:
 
     @classmethod
     def _fitting_together(cls, folder: Path, config: dict) -> FittedModel:
+        from ddcl_nb.estimators import DDCLClusterer
         clusterer = DDCLClusterer.load(folder / "model.safetensors")
         reads = Preparation(**{key: tuple(value) if isinstance(value, list) else value for key, value in config["reads"].items()})
         m = clusterer.n_features_in_
@@ -678,6 +686,7 @@ def _clusterer(plan, source, reads, embedder, place: Path, X, rows: int) -> tupl
 
 def _kept(path: Path, make) -> DDCLClusterer:
     "The model in a file if it is whole; otherwise made, written and read."
+    from ddcl_nb.estimators import DDCLClusterer
     try:
         return DDCLClusterer.load(path)
     except (FileNotFoundError, StateError):
