@@ -216,14 +216,15 @@ def _json(path: Path) -> dict:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return kept if isinstance(kept, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
 def finished(plan: Reproduction) -> list[str]:
     "Names of the experiments that an interrupted call with the same seeds has finished."
     kept = _json(plan.finished_file)
-    return [name for name in kept.get("finished", ()) if plan.result_file(name).exists()] if kept.get("call") == plan.call else []
+    names = kept.get("finished") if kept.get("call") == plan.call else None
+    return [name for name in names if name in {experiment.name for experiment in plan.experiments} and plan.result_file(name).exists()] if isinstance(names, list) else []
 
 
 def note_finished(plan: Reproduction, name: str) -> None:

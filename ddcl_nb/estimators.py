@@ -562,10 +562,14 @@ def _restored(cls, arrays: dict[str, np.ndarray], meta: dict) -> DDCLClusterer:
     model._units = _Units(arrays["_origin"], float(meta["spread"]))
     if wrong := [name for name in _SCALARS if not isinstance(meta["scalars"][name], (Real, type(None)) if name == "_soft_tau" else Real)]:
         raise ValueError(f"{wrong[0]} is {meta['scalars'][wrong[0]]!r}, not a number")
-    P, K, m = len(model.prototypes_), model.n_clusters_, model.n_features_in_
-    expected = {"prototypes_": (P, m), "prototype_labels_": (P,), "cluster_centers_": (K, m), "_masses": (P,), "_origin": (m,)}
-    if wrong := [name for name, shape in expected.items() if arrays[name].shape != shape]:
-        raise ValueError(f"{wrong[0]} has shape {arrays[wrong[0]].shape}, expected {expected[wrong[0]]}")
+    P, K, m, N = len(model.prototypes_), model.n_clusters_, model.n_features_in_, len(model.labels_)
+    kind = model.prototypes_.dtype if model.prototypes_.dtype == np.float32 else np.float64
+    expected = {"prototypes_": ((P, m), kind), "prototype_labels_": ((P,), np.int64), "cluster_centers_": ((K, m), kind), "_masses": ((P,), np.float64), "_origin": ((m,), kind),
+                "labels_": ((N,), np.int32), "probabilities_": ((N,), kind), "cooling_": ((len(model.cooling_), 2), np.float64)}
+    if wrong := [name for name, (shape, dtype) in expected.items() if arrays[name].shape != shape or arrays[name].dtype != dtype]:
+        raise ValueError(f"{wrong[0]} is {arrays[wrong[0]].dtype} of shape {arrays[wrong[0]].shape}, expected {np.dtype(expected[wrong[0]][1])} of {expected[wrong[0]][0]}")
+    if not math.isfinite(model._units.spread) or model._units.spread <= 0 or not all(math.isfinite(getattr(model, name) or 0) for name in _SCALARS):
+        raise ValueError("a number is out of range")
     if not all(np.isfinite(a).all() for a in arrays.values()) or not 0 <= model.prototype_labels_.min() <= model.prototype_labels_.max() < K:
         raise ValueError("values are out of range")
     if meta["feature_names"] is not None:

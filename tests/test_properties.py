@@ -181,7 +181,7 @@ def test_decompose_takes_apart_what_ddcl_adds_up(scene):
         near(term, part, scene.tolerance, units(scene, "loss"))
     near(parts[0], parts[1] + parts[2], 1e-10, units(scene, "loss"))
     weights = torch.softmax(torch.randn(*scene.z.shape[:2], len(scene.p), generator=scene.generator()), -1)
-    assert parts.gap() < 1e-9 and decompose(scene.z, scene.p, weights=weights, mask=scene.mask).gap() < 1e-9, "of any weights"
+    assert parts.gap < 1e-9 and decompose(scene.z, scene.p, weights=weights.double(), mask=scene.mask).gap < 1e-9, "of any weights"
 
 
 BAD = {"nan": lambda s: dict(tokens=s.z.index_fill(1, torch.tensor([0]), math.nan)), "inf": lambda s: dict(prototypes=s.p * math.inf), "width": lambda s: dict(prototypes=torch.cat([s.p, s.p], -1)),
