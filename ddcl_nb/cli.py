@@ -224,7 +224,7 @@ def finished(plan: Reproduction) -> list[str]:
     "Names of the experiments that an interrupted call with the same seeds has finished."
     kept = _json(plan.finished_file)
     names = kept.get("finished") if kept.get("call") == plan.call else None
-    return [name for name in names if name in {experiment.name for experiment in plan.experiments} and plan.result_file(name).exists()] if isinstance(names, list) else []
+    return [name for name in names if isinstance(name, str) and name.isidentifier() and len(name) < 100 and plan.result_file(name).exists()] if isinstance(names, list) else []
 
 
 def note_finished(plan: Reproduction, name: str) -> None:

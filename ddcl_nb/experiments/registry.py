@@ -186,6 +186,7 @@ def read_result(path: str | Path) -> Result:
 
 
 _ABOUT = {str: ("title", "paper", "question", "verdict", "date", "commit"), dict: ("sources", "settings", "versions", "hardware", "figures"), list: ("table",)}
+_CELLS = ("paper", "paper_kmeans", "papers_setting", "kmeans", "ours")
 
 
 def _check(result: Result) -> None:
@@ -200,13 +201,13 @@ def _check(result: Result) -> None:
             if not isinstance(result.about.get(name), (kind, type(None))):
                 raise ValueError(f"about.{name} is {str(result.about[name])[:40]!r}")
     for line in result.about.get("table") or []:
-        if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in ("data", "measure")) or not all(map(_is_cell, line.values())):
+        if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in ("data", "measure")) or not all(_is_cell(line.get(name)) for name in _CELLS):
             raise ValueError(f"a line of about.table is {str(line)[:80]!r}")
 
 
 def _is_cell(value) -> bool:
-    "A name, a number, or a mean with its deviation."
-    return value is None or isinstance(value, (str, int, float)) or isinstance(value, list) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)
+    "A number, a mean with its deviation, or nothing."
+    return value is None or isinstance(value, (int, float)) or isinstance(value, list) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)
 
 
 def spread(values: Iterable[float]) -> tuple[float, float] | None:
