@@ -8,6 +8,7 @@ Docs: https://ddcl-nb.github.io/ddcl_nb/library/cli.html.md"""
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -386,7 +387,7 @@ def plain(text: str, width: int = 0) -> str:
 def example_words(example: dict, width: int = 60) -> str:
     "An example kept with a model, in words."
     if "text" in example:
-        return plain(example["text"], width) or "(empty)"
+        return plain(re.sub(r"([^\w\s])\1{3,}", r"\1\1\1", example["text"]), width) or "(empty)"
     return plain(", ".join(f"{name} {value:.4g}" for name, value in example["values"].items()), width)
 
 # %% ../nbs/library/12_cli.ipynb #c49e3bba
@@ -400,9 +401,18 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 
 def nearest_to_prototypes(model) -> list[str]:
-    "For each cluster the example nearest to its centre, in words."
-    from ddcl_nb.examine import nearest_examples
-    return [example_words(nearest_examples(model, centre, 1)[0]) for centre in model.clusterer.cluster_centers_]
+    "For each cluster its own example nearest to its centre, in words."
+    import numpy as np
+
+    from ddcl_nb.examine import _in_words
+    from ddcl_nb.fitted import assign_rows
+    kept, found = model.training, []
+    labels = assign_rows(model.clusterer, kept.vectors)[0]
+    for k, centre in enumerate(model.clusterer.cluster_centers_):
+        own = np.flatnonzero(labels == k)
+        i = own[np.square(kept.vectors[own] - centre).sum(-1).argmin()] if len(own) else None
+        found.append("(none was kept)" if i is None else example_words({"text": kept.texts[i]} if kept.texts else {"values": _in_words(model, kept.vectors[i])}))
+    return found
 
 
 def say_clusters(model) -> None:

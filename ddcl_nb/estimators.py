@@ -274,16 +274,16 @@ def _hard(z: Tensor, w: Tensor, starts: list[Tensor], sample: tuple[Tensor, Tens
     return torch.from_numpy(fitted.cluster_centers_), int(fitted.n_iter_)
 
 
-def _soft(z: Tensor, w: Tensor, n_prototypes: int, tau: float, sample: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, int]:
+def _soft(z: Tensor, w: Tensor, n_prototypes: int, tau: float, sample: tuple[Tensor, Tensor], seed: int, steps: int = 20, tolerance: float = 1e-4) -> tuple[Tensor, int]:
     "All prototypes cooled together to `tau`, on the sample and at the end on all tokens: prototypes and steps."
     generator, taken = torch.Generator().manual_seed(seed), 0
     p, even, anneal = z.new_zeros(n_prototypes, z.shape[1]), z.new_zeros(n_prototypes), Anneal(max(1.05, tau), tau, 40)
     for i in range(41):
         p = p + 1e-4 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        for _ in range(20):
+        for _ in range(steps):
             before, (p, _) = p, _em_step(*(sample if i < 40 else (z, w)), p, even, 2 * anneal(i))
             taken += 1
-            if (p - before).norm(dim=-1).amax() < 1e-4:
+            if (p - before).norm(dim=-1).amax() < tolerance:
                 break
     return p, taken
 
@@ -449,7 +449,7 @@ class DDCLClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             p = next(s.prototypes for s in reversed(path) if len(s.prototypes) == n) if automatic else path[-1].prototypes
             starts = [_filled(sample[0], p, n)]
             if not automatic and n > 1 and len(sample[0]) * n <= SECOND_START:
-                starts.append(_soft(*sample, n, 0.05, sample, 0)[0])
+                starts.append(_soft(*sample, n, 0.05, sample, 0, steps=5, tolerance=1e-3)[0])
             p, steps = _hard(z, w, starts, sample)
         self.n_iter_ += steps
         return p, tau

@@ -95,7 +95,7 @@ def provenance() -> dict:
 
 # %% ../../nbs/library/10_registry.ipynb #70a0c777
 def _are_rows(rows) -> bool:
-    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    return isinstance(rows, list) and all(isinstance(row, dict) and not any(isinstance(value, (dict, list)) for value in row.values()) for row in rows)
 
 
 class Log:
@@ -195,7 +195,7 @@ def _check(result: Result) -> None:
         if not isinstance(value := getattr(result, name), str) or not value or Path(value).name != value:
             raise ValueError(f"{name} is {str(value)[:40]!r}")
     if not _are_rows(result.rows) or not isinstance(result.about, dict):
-        raise ValueError("rows must be a list of objects, and about an object")
+        raise ValueError("rows must be a list of objects of texts and numbers, and about an object")
     for kind, names in _ABOUT.items():
         for name in names:
             if not isinstance(result.about.get(name), (kind, type(None))):
