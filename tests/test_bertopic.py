@@ -1,7 +1,7 @@
 "The clusterer inside BERTopic itself: topics, probabilities of every document, and topics that go on learning with their probabilities."
 import numpy as np
 import pytest
-from sklearn.decomposition import PCA, IncrementalPCA
+from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import CountVectorizer
 
 bertopic = pytest.importorskip("bertopic", reason="BERTopic is not installed (a development requirement)")
@@ -56,7 +56,7 @@ def test_new_documents_get_the_topics_that_the_clusterer_says():
 
 def test_a_stream_of_documents_with_probabilities():
     texts, embeddings, about = documents(600)
-    model = topic_model(DDCLClusterer(3, random_state=0), IncrementalPCA(5), vectorizer_model=OnlineCountVectorizer())
+    model = topic_model(DDCLClusterer(3, random_state=0), vectorizer_model=OnlineCountVectorizer())
     topics, probabilities = [], []
     for rows in np.array_split(np.arange(600), 5):
         model.partial_fit([texts[i] for i in rows], embeddings[rows])
