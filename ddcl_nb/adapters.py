@@ -447,8 +447,8 @@ def _pooling_config(path: str | None, where: str, known: Sequence[str]) -> dict:
     "The settings in a file, checked."
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-    except ValueError as error:
-        raise ValueError(f"config.json of {where} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"config.json of {where} is not JSON: {str(error)[:200]}") from None
     if not isinstance(config, dict) or "embedding_dimension" not in config:
         raise ValueError(f"config.json of {where} is missing or is not that of a DDCLPooling")
     refuse_code(config, f"config.json of {where}")
@@ -512,7 +512,11 @@ class DDCLPooling(Module):
         "Read what `save` wrote. Errors: ValueError for a damaged or foreign configuration, or weights that are missing, damaged or a pickle."
         find = partial(load_file_path, str(model_name_or_path), subfolder=subfolder, token=token, cache_folder=cache_folder, revision=revision, local_files_only=local_files_only)
         where = f"{Path(str(model_name_or_path)).name}/{subfolder}".rstrip("/")
-        module = cls(**_pooling_config(find(cls.config_file_name), where, cls.config_keys))
+        config = _pooling_config(find(cls.config_file_name), where, cls.config_keys)
+        try:
+            module = cls(**config)
+        except (TypeError, RuntimeError, MemoryError) as error:
+            raise ValueError(f"config.json of {where} does not describe a DDCLPooling: {str(error).splitlines()[0][:200]}") from None
         return _load_weights(module, find("model.safetensors"), where)
 
 # %% ../nbs/library/09b_adapters.ipynb #b77a0239

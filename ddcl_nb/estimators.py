@@ -274,16 +274,16 @@ def _hard(z: Tensor, w: Tensor, starts: list[Tensor], sample: tuple[Tensor, Tens
     return torch.from_numpy(fitted.cluster_centers_), int(fitted.n_iter_)
 
 
-def _soft(z: Tensor, w: Tensor, n_prototypes: int, tau: float, sample: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, int]:
+def _soft(z: Tensor, w: Tensor, n_prototypes: int, tau: float, sample: tuple[Tensor, Tensor], seed: int, steps: int = 20, tolerance: float = 1e-4) -> tuple[Tensor, int]:
     "All prototypes cooled together to `tau`, on the sample and at the end on all tokens: prototypes and steps."
     generator, taken = torch.Generator().manual_seed(seed), 0
     p, even, anneal = z.new_zeros(n_prototypes, z.shape[1]), z.new_zeros(n_prototypes), Anneal(max(1.05, tau), tau, 40)
     for i in range(41):
         p = p + 1e-4 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        for _ in range(20):
+        for _ in range(steps):
             before, (p, _) = p, _em_step(*(sample if i < 40 else (z, w)), p, even, 2 * anneal(i))
             taken += 1
-            if (p - before).norm(dim=-1).amax() < 1e-4:
+            if (p - before).norm(dim=-1).amax() < tolerance:
                 break
     return p, taken
 
@@ -449,7 +449,7 @@ class DDCLClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             p = next(s.prototypes for s in reversed(path) if len(s.prototypes) == n) if automatic else path[-1].prototypes
             starts = [_filled(sample[0], p, n)]
             if not automatic and n > 1 and len(sample[0]) * n <= SECOND_START:
-                starts.append(_soft(*sample, n, 0.05, sample, 0)[0])
+                starts.append(_soft(*sample, n, 0.05, sample, 0, steps=5, tolerance=1e-3)[0])
             p, steps = _hard(z, w, starts, sample)
         self.n_iter_ += steps
         return p, tau
@@ -492,7 +492,7 @@ class DDCLClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         merged = len(p) > self.n_clusters_
         for rows in _chunks(len(X), *p.shape, p.device):
             q = assignments(self._units.reduce(X[rows]), p, self._reduced_temperature)
-            yield q @ groups if merged else q
+            yield (q @ groups).clamp_max(1) if merged else q
 
     @staticmethod
     def _label(q: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -562,10 +562,14 @@ def _restored(cls, arrays: dict[str, np.ndarray], meta: dict) -> DDCLClusterer:
     model._units = _Units(arrays["_origin"], float(meta["spread"]))
     if wrong := [name for name in _SCALARS if not isinstance(meta["scalars"][name], (Real, type(None)) if name == "_soft_tau" else Real)]:
         raise ValueError(f"{wrong[0]} is {meta['scalars'][wrong[0]]!r}, not a number")
-    P, K, m = len(model.prototypes_), model.n_clusters_, model.n_features_in_
-    expected = {"prototypes_": (P, m), "prototype_labels_": (P,), "cluster_centers_": (K, m), "_masses": (P,), "_origin": (m,)}
-    if wrong := [name for name, shape in expected.items() if arrays[name].shape != shape]:
-        raise ValueError(f"{wrong[0]} has shape {arrays[wrong[0]].shape}, expected {expected[wrong[0]]}")
+    P, K, m, N = len(model.prototypes_), model.n_clusters_, model.n_features_in_, len(model.labels_)
+    kind = model.prototypes_.dtype if model.prototypes_.dtype == np.float32 else np.float64
+    expected = {"prototypes_": ((P, m), kind), "prototype_labels_": ((P,), np.int64), "cluster_centers_": ((K, m), kind), "_masses": ((P,), np.float64), "_origin": ((m,), kind),
+                "labels_": ((N,), np.int32), "probabilities_": ((N,), kind), "cooling_": ((len(model.cooling_), 2), np.float64)}
+    if wrong := [name for name, (shape, dtype) in expected.items() if arrays[name].shape != shape or arrays[name].dtype != dtype]:
+        raise ValueError(f"{wrong[0]} is {arrays[wrong[0]].dtype} of shape {arrays[wrong[0]].shape}, expected {np.dtype(expected[wrong[0]][1])} of {expected[wrong[0]][0]}")
+    if not math.isfinite(model._units.spread) or model._units.spread <= 0 or not all(math.isfinite(getattr(model, name) or 0) for name in _SCALARS):
+        raise ValueError("a number is out of range")
     if not all(np.isfinite(a).all() for a in arrays.values()) or not 0 <= model.prototype_labels_.min() <= model.prototype_labels_.max() < K:
         raise ValueError("values are out of range")
     if meta["feature_names"] is not None:

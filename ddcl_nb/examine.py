@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .assign import assignments
 from .bank import PrototypeBank
-from .estimators import DDCLClusterer
 from .explain import token_evidence
 from .fitted import Embedder, FittedModel, assign_rows
 from .sources import Block, Reservoir
 from .stability import StabilityReport, stability_report
 from .temperature import critical_temperature
+
+if TYPE_CHECKING:
+    from ddcl_nb.estimators import DDCLClusterer
 
 # %% auto #0
 __all__ = ['QUIET', 'CHANGED', 'FAR', 'FAR_CHANGED', 'SHIFT', 'ROWS_LOOKED_AT', 'ROWS_OF_CURVATURE', 'column_evidence',

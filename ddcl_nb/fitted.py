@@ -19,23 +19,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 
 import ddcl_nb
-from .estimators import DDCLClusterer
 from .extras import require
 from .progress import progress
 from .sources import BadChoice, Block, Reservoir, Source, SourceError, open_source
 from .storage import StateError, atomic, load_state, save_state, write_text
 
+if TYPE_CHECKING:
+    from ddcl_nb.estimators import DDCLClusterer
+
 # %% auto #0
 __all__ = ['TEXTS_PER_PIECE', 'SCALES', 'SAMPLE_ROWS', 'SAMPLE_NUMBERS', 'SAMPLE_PER_PROTOTYPE', 'EXAMPLES', 'CHARACTERS',
-           'LARGEST', 'STEP_WORTH_TAKING', 'MOST_PASSES', 'RESULT_FILES', 'ROWS_PER_GROUP', 'Preparation', 'Embedder',
-           'FitPlan', 'sample_size', 'assign_rows', 'refine', 'InUse', 'workplace', 'put_in_place', 'check_out',
-           'Training', 'FittedModel', 'vectors_of', 'write_assignments', 'fit_model', 'write_report']
+           'LARGEST', 'STEP_WORTH_TAKING', 'MOST_PASSES', 'RESULT_FILES', 'ROWS_PER_GROUP', 'ENCODINGS', 'Preparation',
+           'Embedder', 'FitPlan', 'sample_size', 'assign_rows', 'refine', 'InUse', 'workplace', 'put_in_place',
+           'check_out', 'Training', 'FittedModel', 'vectors_of', 'write_assignments', 'fit_model', 'write_report']
 
 # %% ../nbs/library/11b_fitted.ipynb #7aa31035
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class FitPlan:
     """What `fit_model` is to do. `k` clusters or `"auto"`; the result goes into the folder `out`.
 
     `columns` to read (found if empty), `id_column` whose values name the rows; `scale`: `"standard"` for mean 0 and variance 1 of each column, `"none"`, or `"auto"`, which is
-    standard for named columns and none for arrays; `encoder` and `max_length` for texts; `skip_missing` leaves out rows without a value; the rest as in `DDCLClusterer`."""
+    standard for named columns and none for arrays; `encoder` and `max_length` for texts; `skip_missing` leaves out rows without a value; `encoding` of text that is not Unicode; the rest as in `DDCLClusterer`."""
     data: Path
     out: Path
     k: int | str = "auto"
@@ -127,6 +129,7 @@ class FitPlan:
     n_prototypes: int | None = None
     tau: float | None = None
     skip_missing: bool = False
+    encoding: str | None = None
 
     def __post_init__(self):
         if self.scale not in SCALES:
@@ -139,6 +142,7 @@ class FitPlan:
             raise BadChoice(str(error)) from None
 
     def clusterer(self) -> DDCLClusterer:
+        from ddcl_nb.estimators import DDCLClusterer
         return DDCLClusterer(self.k, n_prototypes=self.n_prototypes, tau=self.tau, random_state=self.seed)
 
     @property
@@ -173,8 +177,9 @@ class _Moments:
 
     def add(self, X: np.ndarray) -> None:
         n, mean = len(X), X.mean(0, dtype=np.float64)
-        shift, total = mean - self.mean, self.n + n
-        self.squares = self.squares + np.square(X - mean, dtype=np.float64).sum(0) + shift**2 * (self.n * n / total)
+        shift, total, rounded = mean - self.mean, self.n + n, mean.astype(X.dtype)
+        about = torch.from_numpy(X - rounded).square_().sum(0, dtype=torch.float64).numpy() - n * (mean - rounded) ** 2
+        self.squares = self.squares + np.maximum(about, 0) + shift**2 * (self.n * n / total)
         self.mean, self.n = self.mean + shift * (n / total), total
 
     @property
@@ -195,7 +200,8 @@ def _scan(plan: FitPlan, source: Source, blocks: Iterator[Block], width: int) ->
                 _check_range(source, block)
                 moments.add(block.values)
                 sample.add(keys, block.rows, block.values)
-                examples.add(keys, *_shown(block, len(block)))
+                shown = np.flatnonzero(keys < examples.limit)
+                examples.add(keys[shown], *_shown(block, shown))
                 empty += sum(not text.strip() for text in block.texts or ())
             advance(len(block))
     if not moments.n:
@@ -217,10 +223,10 @@ def _check_range(source: Source, block: Block) -> None:
         raise SourceError(f"{source.path.name}: row {block.rows[row]}, column {source.columns[column]!r}: {block.values[row, column]:g} is too large")
 
 
-def _shown(block: Block, n: int) -> list[np.ndarray]:
-    "Row numbers, texts and ids of a block as arrays, None where there are none."
-    cut = [text[:CHARACTERS] for text in block.texts] if block.texts else [None] * n
-    return [block.rows, np.array(cut, dtype=object), np.array(block.ids or [None] * n, dtype=object)]
+def _shown(block: Block, some: np.ndarray) -> list[np.ndarray]:
+    "Row numbers, texts and ids of some rows of a block as arrays, None where there are none."
+    texts = [block.texts[i][:CHARACTERS] if block.texts else None for i in some]
+    return [block.rows[some], np.array(texts, dtype=object), np.array([block.ids[i] if block.ids else None for i in some], dtype=object)]
 
 # %% ../nbs/library/11b_fitted.ipynb #9c9a9346
 def _squared(clusterer: DDCLClusterer, X: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -240,7 +246,7 @@ def assign_rows(clusterer: DDCLClusterer, X: np.ndarray) -> tuple[np.ndarray, np
         least = squared.amin(-1)
     else:
         least, index = squared.min(-1)
-        probability = (least / -T - torch.logsumexp(squared / -T, -1)).exp()
+        probability = squared.sub_(least[:, None]).div_(-T).exp_().sum(-1).reciprocal()
         label = torch.from_numpy(clusterer.prototype_labels_)[index]
     distance = (least + z.square().sum(-1)).clamp_min(0).double().numpy() * clusterer._units.spread**2
     return label.int().numpy(), probability.float().clamp_max(1).numpy(), distance
@@ -255,6 +261,7 @@ class _Sums:
     rows: int = 0
 
     def add(self, clusterer: DDCLClusterer, X: np.ndarray) -> None:
+        from scipy.sparse import csr_matrix
         z, p, squared = _squared(clusterer, X)
         least, index = squared.min(-1)
         if clusterer._soft_tau is None:
@@ -341,7 +348,10 @@ def _recover(out: Path, place: Path) -> None:
 
 
 def put_in_place(place: Path, out: Path) -> None:
-    "Let the finished folder `place/result` become `out`, and remove the stages."
+    "Let the finished folder `place/result` become `out`, without what a killed writer left in it, and remove the stages."
+    for path in (place / "result").iterdir():
+        if path.name not in RESULT_FILES:
+            path.unlink()
     if out.exists():
         shutil.rmtree(place / "replaced", ignore_errors=True)
         os.rename(out, place / "replaced")
@@ -471,6 +481,7 @@ class FittedModel:
 
     @classmethod
     def _fitting_together(cls, folder: Path, config: dict) -> FittedModel:
+        from ddcl_nb.estimators import DDCLClusterer
         clusterer = DDCLClusterer.load(folder / "model.safetensors")
         reads = Preparation(**{key: tuple(value) if isinstance(value, list) else value for key, value in config["reads"].items()})
         m = clusterer.n_features_in_
@@ -478,11 +489,11 @@ class FittedModel:
             raise StateError(f"config.json describes rows of width {reads.width}, the model has {m}")
         return cls(folder, clusterer, reads, Training.load(folder / "training.safetensors", clusterer.n_clusters_, m), config)
 
-    def open(self, data: str | Path, id_column: str | None = None) -> Source:
+    def open(self, data: str | Path, id_column: str | None = None, encoding: str | None = None) -> Source:
         "Open data that this model can read: a column of text, or its columns of numbers by name. Errors: `SourceError`, `BadChoice`."
         path = Path(data)
         named = path.suffix.lower() != ".npy" and not path.is_dir() and self.config["data"]["kind"] not in ("npy", "folder")
-        source = open_source(path, self.reads.columns if named else (), id_column=id_column)
+        source = open_source(path, self.reads.columns if named else (), id_column=id_column, encoding=encoding)
         wanted = "texts" if self.reads.text else f"{self.reads.width} columns of numbers"
         if source.text != self.reads.text or not source.text and len(source.columns) != self.reads.width:
             raise BadChoice(f"{path.name}: the model reads {wanted}, this is {'texts' if source.text else f'{len(source.columns)} columns of numbers'}")
@@ -518,6 +529,8 @@ def vectors_of(source: Source, reads: Preparation, embedder: Embedder | None, sk
 # %% ../nbs/library/11b_fitted.ipynb #923bc5fb
 ROWS_PER_GROUP = 2**17
 "Rows of a group of an assignments file."
+ENCODINGS = {"row": "DELTA_BINARY_PACKED", "probability": "BYTE_STREAM_SPLIT", "distance": "BYTE_STREAM_SPLIT"}
+"How its columns are laid out: counted rows take no room, and floats are smaller and faster written."
 
 
 class _Columns:
@@ -527,7 +540,7 @@ class _Columns:
         pa, self.parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
         kinds = {"row": pa.int64(), **({"id": pa.string()} if with_ids else {}), "label": pa.int32(), "probability": pa.float32(), "distance": pa.float32()}
         self.schema, self.table, self.parts, self.waiting = pa.schema(list(kinds.items())), pa.table, [], 0
-        self.writer = require("pyarrow.csv", "data").CSVWriter(path, self.schema) if as_csv else self.parquet.ParquetWriter(path, self.schema, compression="zstd")
+        self.writer = require("pyarrow.csv", "data").CSVWriter(path, self.schema) if as_csv else self.parquet.ParquetWriter(path, self.schema, compression="zstd", use_dictionary=["label"], column_encoding=ENCODINGS)
 
     def add(self, n: int, *columns) -> None:
         self.parts.append(columns)
@@ -572,7 +585,7 @@ def fit_model(plan: FitPlan, *, replace: bool = False, say=lambda line: None) ->
     `InUse`, OSError in one line for what went wrong."""
     out = plan.out.resolve()
     check_out(out)
-    source = open_source(plan.data, plan.columns, id_column=plan.id_column)
+    source = open_source(plan.data, plan.columns, id_column=plan.id_column, encoding=plan.encoding)
     if source.length is not None and source.length < plan.fewest:
         raise BadChoice(f"{plan.data.name}: {plan.fewest} clusters were asked of {source.length} rows")
     stamp = plan.stamp(source)
@@ -678,6 +691,7 @@ def _clusterer(plan, source, reads, embedder, place: Path, X, rows: int) -> tupl
 
 def _kept(path: Path, make) -> DDCLClusterer:
     "The model in a file if it is whole; otherwise made, written and read."
+    from ddcl_nb.estimators import DDCLClusterer
     try:
         return DDCLClusterer.load(path)
     except (FileNotFoundError, StateError):

@@ -27,8 +27,8 @@ import numpy as np
 from .extras import require
 
 # %% auto #0
-__all__ = ['NUMBERS_PER_BLOCK', 'TEXT_NAMES', 'WORDS_OF_A_TEXT', 'ROWS_PER_BLOCK', 'FIRST_ROWS', 'LONGEST_LINE', 'TEXT_FILES',
-           'READERS', 'SourceError', 'BadChoice', 'Block', 'Source', 'open_source', 'Reservoir']
+__all__ = ['NUMBERS_PER_BLOCK', 'TEXT_NAMES', 'WORDS_OF_A_TEXT', 'LONGEST_LINE', 'ROWS_PER_BLOCK', 'FIRST_ROWS', 'TEXT_FILES',
+           'READERS', 'SourceError', 'BadChoice', 'Block', 'Source', 'checked_encoding', 'open_source', 'Reservoir']
 
 # %% ../nbs/library/11a_sources.ipynb #a57945e6
 class SourceError(ValueError):
@@ -94,8 +94,9 @@ class Source:
                 yield block if self.text else self._finite(block, skip_missing)
 
     def _finite(self, block: Block, skip_missing: bool) -> Block:
-        if np.isfinite(block.values.sum(dtype=np.float64)):
-            return block
+        with np.errstate(all="ignore"):  # a sum that overflows only costs a closer look
+            if np.isfinite(block.values.sum()):
+                return block
         good = np.isfinite(block.values)
         if good.all():
             return block
@@ -211,6 +212,59 @@ def _wanted(path: Path, columns: Sequence[_Column]) -> tuple[tuple[str, ...], bo
 def _some(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(name if len(name) < 60 else name[:57] + "..." for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
+# %% ../nbs/library/11a_sources.ipynb #4ed983c3
+LONGEST_LINE = 2**24
+"Bytes of a line of CSV or JSON beyond which it is refused: 16 MB."
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def checked_encoding(name: str | None) -> str | None:
+    "Python's name of a text encoding; None for UTF-8, and where none is named. Raises `BadChoice` for what is not one."
+    if name is None:
+        return None
+    try:
+        "".encode(name)
+        found = codecs.lookup(name).name
+    except (LookupError, ValueError):
+        raise BadChoice(f"--encoding: no text encoding {name[:40]!r}; usual ones are utf-8, cp1252, latin-1, utf-16") from None
+    return None if found == "utf-8" else found
+
+
+def _marked(start: bytes) -> str | None:
+    "The encoding whose mark a file begins with."
+    return next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
+
+
+def _encoding_of(path: Path, asked: str | None) -> str:
+    with open(path, "rb") as file:
+        return _marked(file.read(4)) or asked or "utf-8"
+
+
+def _lines(path: Path, encoding: str) -> Iterator[bytes]:
+    "Lines of a file in UTF-8; of one that is too long, a part that is too long as well."
+    if encoding == "utf-8":
+        with open(path, "rb") as file:
+            yield from iter(lambda: file.readline(LONGEST_LINE + 1), b"")
+    else:
+        try:
+            with open(path, encoding=encoding, newline="\n") as file:
+                yield from (line.encode() for line in iter(lambda: file.readline(LONGEST_LINE + 1), ""))
+        except UnicodeError as error:
+            raise _undecodable(path.name, encoding, error) from None
+
+
+def _spoken(encoding: str) -> str:
+    return "UTF-8" if encoding == "utf-8" else encoding
+
+
+def _advice(encoding: str) -> str:
+    return "; name its encoding by --encoding, such as cp1252 or latin-1" if encoding == "utf-8" else ""
+
+
+def _undecodable(name: str, encoding: str, error: UnicodeError) -> SourceError:
+    where = f"byte {error.object[error.start]:#04x} at {error.start}" if isinstance(error, UnicodeDecodeError) and encoding == "utf-8" else getattr(error, "reason", "characters that do not exist")
+    return SourceError(f"{name}: is not {_spoken(encoding)} ({where}){_advice(encoding)}")
+
 # %% ../nbs/library/11a_sources.ipynb #a0835a56
 ROWS_PER_BLOCK = 2**14
 FIRST_ROWS = 1000
@@ -284,16 +338,12 @@ def _open_parquet(path: Path, columns: Sequence[str], id_column: str | None) -> 
     return _arrow_source(path, "parquet", known, batches, columns, id_column, length)
 
 # %% ../nbs/library/11a_sources.ipynb #618047bc
-LONGEST_LINE = 2**24
-"Bytes of a line of CSV or JSON beyond which it is refused: 16 MB."
-
-
-def _open_csv(path: Path, columns: Sequence[str], id_column: str | None) -> Source:
-    arrow = require("pyarrow.csv", "data")
-    names, separator, header = _first_line(path)
-    options = lambda size: dict(read_options=arrow.ReadOptions(use_threads=False, block_size=size, column_names=None if header else names),
+def _open_csv(path: Path, columns: Sequence[str], id_column: str | None, asked: str | None = None) -> Source:
+    arrow, encoding = require("pyarrow.csv", "data"), _encoding_of(path, asked)
+    names, separator, header = _first_line(path, encoding)
+    options = lambda size: dict(read_options=arrow.ReadOptions(use_threads=False, block_size=size, column_names=None if header else names, encoding=encoding),
                                 parse_options=arrow.ParseOptions(delimiter=separator, newlines_in_values=True))
-    with _csv_errors(path, names, header):
+    with _csv_errors(path, names, header, encoding):
         first = _first_batch(path, options)
     if first is None or not first.num_rows:
         raise SourceError(f"{path.name}: holds a header and no rows")
@@ -302,23 +352,22 @@ def _open_csv(path: Path, columns: Sequence[str], id_column: str | None) -> Sour
         pa = require("pyarrow", "data")
         kinds = {name: pa.float64() if name in numbers else pa.string() for name in names_read}
         convert = arrow.ConvertOptions(column_types=kinds, include_columns=names_read, strings_can_be_null=False)
-        with _csv_errors(path, names, header), arrow.open_csv(path, **options(LONGEST_LINE), convert_options=convert) as reader:
+        with _csv_errors(path, names, header, encoding), arrow.open_csv(path, **options(LONGEST_LINE), convert_options=convert) as reader:
             yield from reader
     return _arrow_source(path, "csv", _judged(first), batches, columns, id_column)
 
 
-def _first_line(path: Path) -> tuple[list[str], str, bool]:
+def _first_line(path: Path, encoding: str = "utf-8") -> tuple[list[str], str, bool]:
     "Names of the columns, the separator, and whether the first line is a header."
-    with open(path, "rb") as file:
-        line = file.readline(LONGEST_LINE).removeprefix(codecs.BOM_UTF8)
+    line = next(_lines(path, encoding), b"").removeprefix(codecs.BOM_UTF8)
     if not line.strip():
         raise SourceError(f"{path.name}: is empty" if not line else f"{path.name}: its first line is empty")
-    if line[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in line:
-        raise SourceError(f"{path.name}: is not UTF-8 text; save it as UTF-8")
+    if b"\0" in line:
+        raise SourceError(f"{path.name}: is not {_spoken(encoding)} text{_advice(encoding)}")
     try:
         line = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path.name}: the header is not UTF-8 (byte {line[error.start]:#04x} at {error.start}); save it as UTF-8") from None
+        raise SourceError(f"{path.name}: the header is not UTF-8 (byte {line[error.start]:#04x} at {error.start}){_advice('utf-8')}") from None
     separator = "\t" if path.suffix == ".tsv" else max(",;\t", key=line.count)
     names = next(csv.reader([line], delimiter=separator), [])
     header = not all(_is_number(name) for name in names)
@@ -346,11 +395,13 @@ def _first_batch(path: Path, options: Callable):
 
 
 @contextmanager
-def _csv_errors(path: Path, names: Sequence[str], header: bool) -> Iterator[None]:
+def _csv_errors(path: Path, names: Sequence[str], header: bool, encoding: str) -> Iterator[None]:
     "Errors of Arrow's reader with names of columns and rows counted from 0."
     pa = require("pyarrow", "data")
     try:
         yield
+    except UnicodeError as error:
+        raise _undecodable(path.name, encoding, error) from None
     except pa.ArrowInvalid as error:
         text = " ".join(str(error).split())
         if "straddl" in text:
@@ -358,19 +409,20 @@ def _csv_errors(path: Path, names: Sequence[str], header: bool) -> Iterator[None
         row, column = re.search(r"Row #(\d+): ", text), re.search(r"In CSV column #(\d+): ", text)
         where = "".join([f" row {int(row[1]) - 1 - header}," if row else "", f" column {names[int(column[1])]!r}," if column and int(column[1]) < len(names) else ""]).strip(" ,")
         text = re.sub(r"^(CSV parse error: )?(In CSV column #\d+: )?(CSV parse error: )?(Row #\d+: )?(CSV conversion error to \w+: )?", "", text)
-        text = text.replace("invalid UTF8 data", "is not UTF-8; save the file as UTF-8").replace("Expected", "expected")
+        text = text.replace("invalid UTF8 data", f"is not UTF-8{_advice('utf-8')}").replace("Expected", "expected")
         raise SourceError(f"{path.name}: {where + ': ' if where else ''}{text[:200]}") from None
 
 # %% ../nbs/library/11a_sources.ipynb #59f172b9
-def _open_jsonl(path: Path, columns: Sequence[str], id_column: str | None) -> Source:
-    first = list(islice(_records(path), FIRST_ROWS))
+def _open_jsonl(path: Path, columns: Sequence[str], id_column: str | None, asked: str | None = None) -> Source:
+    encoding = _encoding_of(path, asked)
+    first = list(islice(_records(path, encoding), FIRST_ROWS))
     if not first:
         raise SourceError(f"{path.name}: is empty")
     names = list(dict.fromkeys(name for record in first for name in record))
     chosen, is_text = _choose(path, [_json_column(name, [record.get(name) for record in first]) for name in names], columns, id_column)
 
     def raw():
-        records, start = _records(path), 0
+        records, start = _records(path, encoding), 0
         while part := list(islice(records, ROWS_PER_BLOCK // 8)):
             rows = np.arange(start, start := start + len(part))
             ids = ["" if (value := record.get(id_column)) is None else _clean(str(value)) for record in part] if id_column else None
@@ -381,23 +433,22 @@ def _open_jsonl(path: Path, columns: Sequence[str], id_column: str | None) -> So
     return Source(path, "jsonl", chosen, is_text, None, tuple(n for n in names if n not in chosen and n != id_column), raw=raw)
 
 
-def _records(path: Path) -> Iterator[dict]:
+def _records(path: Path, encoding: str = "utf-8") -> Iterator[dict]:
     "The objects of the lines of a file; blank lines are passed over."
-    with open(path, "rb") as file:
-        row = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            if len(line) > LONGEST_LINE:
-                raise SourceError(f"{path.name}: row {row}: longer than {LONGEST_LINE // 2**20} MB")
-            if line.strip():
-                yield _record(path, row, line)
-                row += 1
+    row = 0
+    for line in _lines(path, encoding):
+        if len(line) > LONGEST_LINE:
+            raise SourceError(f"{path.name}: row {row}: longer than {LONGEST_LINE // 2**20} MB")
+        if line.strip():
+            yield _record(path, row, line)
+            row += 1
 
 
 def _record(path: Path, row: int, line: bytes) -> dict:
     try:
         record = json.loads(line.decode("utf-8-sig" if row == 0 else "utf-8"))
     except UnicodeDecodeError:
-        raise SourceError(f"{path.name}: row {row}: is not UTF-8; save the file as UTF-8") from None
+        raise SourceError(f"{path.name}: row {row}: is not UTF-8{_advice('utf-8')}") from None
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path.name}: row {row}: is not JSON ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(record, dict):
@@ -446,7 +497,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _open_folder(path: Path, columns: Sequence[str], id_column: str | None) -> Source:
+def _open_folder(path: Path, columns: Sequence[str], id_column: str | None, asked: str | None = None) -> Source:
     if columns or id_column:
         raise BadChoice(f"{_called(path)}: a folder of texts has no columns")
     if not (files := _files(path)):
@@ -455,11 +506,11 @@ def _open_folder(path: Path, columns: Sequence[str], id_column: str | None) -> S
     def raw():
         for start in range(0, len(files), 512):
             part = files[start:start + 512]
-            yield Block(np.arange(start, start + len(part)), None, [_text_of(path, file) for file in part], [_clean(file.relative_to(path).as_posix()) for file in part])
+            yield Block(np.arange(start, start + len(part)), None, [_text_of(path, file, asked) for file in part], [_clean(file.relative_to(path).as_posix()) for file in part])
     return Source(path, "folder", ("text",), True, len(files), raw=raw)
 
 
-def _text_of(folder: Path, file: Path) -> str:
+def _text_of(folder: Path, file: Path, asked: str | None = None) -> str:
     name = f"{_called(folder)}/{file.relative_to(folder).as_posix()}"
     try:
         if not file.is_file():
@@ -467,9 +518,11 @@ def _text_of(folder: Path, file: Path) -> str:
             raise SourceError(f"{name}: is not a file")
         if (size := file.stat().st_size) > LONGEST_LINE:
             raise SourceError(f"{name}: {size / 2**20:.0f} MB is more than a document may have ({LONGEST_LINE // 2**20} MB)")
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{name}: is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); save it as UTF-8") from None
+        content = file.read_bytes()
+        encoding = _marked(content) or asked or "utf-8"
+        return content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    except UnicodeError as error:
+        raise _undecodable(name, encoding, error) from None
     except OSError as error:
         raise SourceError(f"{name}: {_reason(error, file)}") from None
 
@@ -480,20 +533,25 @@ READERS = {".csv": _open_csv, ".tsv": _open_csv, ".jsonl": _open_jsonl, ".ndjson
 def open_source(path: str | Path,  # a file whose name ends as one of `READERS`, or a folder of text files
                 columns: Sequence[str] = (),  # those to read; found by `FIRST_ROWS` rows where none are named
                 *,
-                id_column: str | None = None) -> Source:  # its values are the `ids` of the rows
+                id_column: str | None = None,  # its values are the `ids` of the rows
+                encoding: str | None = None,  # of a text that is neither UTF-8 nor begins with a byte order mark, by Python's name
+                ) -> Source:
     "Open a file or folder for reading in blocks. Errors: `SourceError` naming the file; `BadChoice` for what it cannot give; ImportError without the extra `data`."
     path = Path(path)
     with _reading(path):
-        mode = path.stat()
+        asked, mode = checked_encoding(encoding), path.stat()
         if path.is_dir():
-            return _open_folder(path, columns, id_column)
+            return _open_folder(path, columns, id_column, asked)
         if path.suffix.lower() not in READERS:
             raise BadChoice(f"{path.name}: files that end in {path.suffix or 'nothing'!r} are not read; there are {', '.join(READERS)}, and folders of text files")
         if not path.is_file():
             raise SourceError(f"{path.name}: is not a file")
         if not mode.st_size:
             raise SourceError(f"{path.name}: is empty")
-        return READERS[path.suffix.lower()](path, tuple(columns), id_column)
+        reader = READERS[path.suffix.lower()]
+        if asked and reader in (_open_npy, _open_parquet):
+            raise BadChoice(f"{path.name}: --encoding is for text; this file says itself how it is read")
+        return reader(path, tuple(columns), id_column, *([asked] if asked else []))
 
 # %% ../nbs/library/11a_sources.ipynb #5f2461fd
 class Reservoir:

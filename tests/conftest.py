@@ -1,4 +1,4 @@
-"A browser for the pages, and Hypothesis profiles: `ci` draws the same few examples every time, `nightly` many new ones (HYPOTHESIS_PROFILE=nightly)."
+"A browser for the pages, and Hypothesis profiles: `ci` draws the same few examples every time, `nightly` thousands of new ones (HYPOTHESIS_PROFILE=nightly; DDCL_EXAMPLES says how many)."
 import os
 import shutil
 
@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 
 slow_is_fine = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", max_examples=20, derandomize=True, database=None, **slow_is_fine)
-settings.register_profile("nightly", max_examples=500, **slow_is_fine)
+settings.register_profile("nightly", max_examples=int(os.environ.get("DDCL_EXAMPLES", 2000)), **slow_is_fine)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

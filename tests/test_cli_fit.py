@@ -96,6 +96,34 @@ def test_two_processes_on_one_folder(shop, tmp_path):
     with fitted.workplace(tmp_path / "out", "first"):
         assert error("fit", shop / "new.csv", "--out", tmp_path / "out", code=1) == "Error: out: another process is fitting into this folder"
 
+def test_predictions_on_a_full_disk_or_into_a_folder_that_is_read_only(shop, tmp_path):
+    import resource
+    out, limits = tmp_path / "p.csv", resource.getrlimit(resource.RLIMIT_FSIZE)
+    ddcl("predict", shop / "model", shop / "new.csv", "--out", out)
+    before = out.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        assert "File too large" in error("predict", shop / "model", shop / "new.csv", "--out", out, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert out.read_bytes() == before and os.listdir(tmp_path) == ["p.csv"]
+    assert "'/proc/p.csv'" in error("predict", shop / "model", shop / "new.csv", "--out", "/proc/p.csv", code=1)
+    if os.geteuid():
+        tmp_path.chmod(0o555)
+        for command in (["predict", shop / "model", shop / "new.csv", "--out", tmp_path / "q.csv"], ["fit", shop / "new.csv", "--k", 2, "--out", tmp_path / "out"]):
+            assert "Permission denied" in error(*command, code=1)
+        tmp_path.chmod(0o755)
+
+def test_text_in_another_encoding(shop, tmp_path):
+    path = tmp_path / "old.csv"
+    path.write_bytes("Größe,Maß\n1,2\n3,5\n9,9\n".encode("cp1252"))
+    assert error("fit", path, "--out", tmp_path / "out", code=1) == "Error: old.csv: the header is not UTF-8 (byte 0xf6 at 2); name its encoding by --encoding, such as cp1252 or latin-1"
+    assert "--encoding: no text encoding 'klingon'" in error("fit", path, "--encoding", "klingon", "--out", tmp_path / "out", code=2)
+    assert "rows of 2 columns: Größe, Maß" in ddcl("fit", path, "--k", 2, "--encoding", "cp1252", "--out", tmp_path / "out").stdout
+    assert json.loads(ddcl("predict", tmp_path / "out", path, "--encoding", "cp1252", "--out", tmp_path / "p.csv", "--json").stdout)["rows"] == 3
+    assert "Größe" in ddcl("explain", tmp_path / "out", path, "--row", 1, "--encoding", "cp1252").stdout
+    assert "not UTF-8" in error("doctor", tmp_path / "out", path, code=1)
+
 def test_interrupted_it_says_so_and_goes_on(shop, tmp_path, monkeypatch):
     def stop(*a, **k): raise KeyboardInterrupt
     with monkeypatch.context() as patch:

@@ -125,14 +125,17 @@ def test_killed_at_random_moments_the_same_call_ends_with_the_same_bytes(tmp_pat
             assert not (folder / "killed").exists() or len(os.listdir(folder / "killed")) == 5
             if (folder / "killed").exists(): os.rename(folder / "killed", folder / f"done-{attempt}")
         assert os.waitpid(start("killed"), 0)[1] == 0
+        ends = [os.waitpid(pid, 0)[1] for pid in [start("crowd") for _ in range(3)]]
+        assert 0 in ends and os.waitpid(start("crowd"), 0)[1] == 0
         print(killed)
     """
     seed = random.randrange(10**6)
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(KILLS), str(seed)], capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, (seed, done.stdout, done.stderr)
     whole = contents(tmp_path / "whole")
-    for folder in [tmp_path / "killed", *tmp_path.glob("done-*")]:
+    for folder in [tmp_path / "killed", tmp_path / "crowd", *tmp_path.glob("done-*")]:
         assert contents(folder) == whole, (seed, folder)
+    assert set(done.stdout.splitlines()[:-1]) <= {"InUse('crowd: another process is fitting into this folder')"}
     assert int(done.stdout.split()[-1]) > 0 and not list(tmp_path.glob(".*"))
 
 def test_a_full_disk_loses_nothing(tmp_path, result, points):

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ["transformers", "sentence_transformers", "matplotlib", "seaborn", "sympy", "pandas", "pyarrow", "torchvision", "sklearn", "scipy", "PIL",
          "IPython", "nbdev", "vector_quantize_pytorch"]
-ON_PURPOSE = {"estimators", "adapters", "fitted", "examine"}  # they extend classes of scikit-learn, sentence-transformers and transformers, or are about such an estimator
+ON_PURPOSE = {"estimators", "adapters"}  # they extend classes of scikit-learn, sentence-transformers and transformers
 
 
 def python(*arguments, cwd=None):

@@ -20,8 +20,8 @@ def whole(source, **options):
     join = lambda name: None if getattr(blocks[0], name) is None else [x for b in blocks for x in getattr(b, name)]
     return Block(np.concatenate([b.rows for b in blocks]), None if source.text else np.concatenate([b.values for b in blocks]), join("texts"), join("ids"))
 
-def error(path, *columns, kind=SourceError, **options):
-    with pytest.raises(kind) as caught: whole(open_source(path, columns), **options)
+def error(path, *columns, kind=SourceError, encoding=None, **options):
+    with pytest.raises(kind) as caught: whole(open_source(path, columns, encoding=encoding), **options)
     line = str(caught.value)
     assert "\n" not in line and line.startswith(path.name) and str(path.parent) not in line and len(line) < 600
     return line
@@ -103,7 +103,9 @@ WRONG = {
     "empty.csv": ("", "empty.csv: is empty"),
     "blank.csv": ("\n\n", "blank.csv: its first line is empty"),
     "header.csv": ("a,b\n", "header.csv: holds a header and no rows"),
-    "utf16.csv": ("a,b\n1,2\n".encode("utf-16"), "utf16.csv: is not UTF-8"),
+    "utf16.csv": ("a,b\n1,2\n".encode("utf-16-le"), "utf16.csv: is not UTF-8 text; name its encoding by --encoding, such as cp1252 or latin-1"),
+    "half.csv": ("a,b\n1,2\n".encode("utf-16")[:-1], "half.csv: is not utf-16 ("),
+    "half.jsonl": ('{"a": 1}\n{"a": 2}\n'.encode("utf-16")[:-1], "half.jsonl: is not utf-16 ("),
     "latin.csv": ("text,n\nonce upon a time,1\n".encode() + "é\n".encode("latin-1"), "latin.csv: row 1: expected 2 columns"),
     "latin1.csv": ("text,n\nonce upon a time,1\n".encode() + "été,2\n".encode("latin-1"), "latin1.csv: row 1, column 'text': is not UTF-8"),
     "null.jsonl": ('{"a": 1}\n{"a": null}\n', "null.jsonl: row 1, column 'a': no number"),
@@ -129,6 +131,30 @@ def test_one_line_that_names_file_row_and_column(tmp_path, name):
     content, line = WRONG[name]
     assert error(_file(tmp_path, name, content)).startswith(line)
 
+CODED = [("utf-8-sig", None), ("utf-16", None), ("utf-32", None), ("utf-16-le", "utf-16-le"), ("utf-16-be", "UTF-16BE"), ("cp1252", "cp1252"), ("latin-1", "latin-1"), ("cp1250", "windows-1250"), ("shift_jis", "sjis"), ("utf-8", "utf8")]
+
+@pytest.mark.parametrize("encoding, asked", CODED, ids=[encoding for encoding, _ in CODED])
+def test_text_in_other_encodings(tmp_path, monkeypatch, encoding, asked):
+    monkeypatch.setattr(sources, "ROWS_PER_BLOCK", 512)
+    words = "ソースを 読む これは 文" if "jis" in encoding else "Él dice que no" if "1250" not in encoding else "Příliš žluťoučký kůň úpěl"
+    texts = [f"{words} {i}, \"quoted\"" for i in range(1500)]
+    table = pa.table({"text": texts, "n": list(range(1500))})
+    for kind in ("csv", "tsv", "jsonl"):
+        path = written(tmp_path, kind, table)
+        path.write_bytes(path.read_bytes().decode().encode(encoding))
+        assert whole(open_source(path, ["text"], encoding=asked)).texts == texts
+        np.testing.assert_array_equal(whole(open_source(path, ["n"], encoding=asked)).values[:, 0], np.arange(1500))
+    (tmp_path / "folder").mkdir(); (tmp_path / "folder" / "a.txt").write_bytes(words.encode(encoding))
+    assert whole(open_source(tmp_path / "folder", encoding=asked)).texts == [words]
+
+def test_an_encoding_that_is_wrong_or_of_no_use(tmp_path):
+    path = _file(tmp_path, "t.csv", "text,n\nonce upon a time,1\n" + "x" * 70_000 + "\n" + "été,2\n")
+    with pytest.raises(BadChoice, match="--encoding: no text encoding 'klingon'; usual ones are"): open_source(path, encoding="klingon")
+    with pytest.raises(SourceError, match="^t.csv: is not ascii \\(ordinal not in range"): whole(open_source(path, ["text"], encoding="ascii"))
+    with pytest.raises(SourceError, match="^t.csv: is not"): whole(open_source(path, ["text"], encoding="utf-16-le"))
+    np.save(tmp_path / "x.npy", np.ones((3, 2)))
+    with pytest.raises(BadChoice, match="x.npy: --encoding is for text"): open_source(tmp_path / "x.npy", encoding="cp1252")
+
 def test_rows_that_lack_a_number_may_be_left_out(tmp_path):
     path = _file(tmp_path, "t.csv", "name,a,b\nx,1,2\ny,,3\nz,4,inf\nw,5,6\n")
     found = whole(open_source(path, id_column="name"), skip_missing=True)
@@ -152,9 +178,10 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path):
         with open(tmp_path / name, "wb") as file:
             file.write(start)
             file.truncate(2**30)  # the rest are zeros that lie on no disk
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        line = error(tmp_path / name)
-        assert "16 MB" in line and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+        for encoding in (None, "cp1252"):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            line = error(tmp_path / name, encoding=encoding)
+            assert "16 MB" in line and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 def test_folders_of_texts(tmp_path):
     folder = tmp_path / "texts"
@@ -166,7 +193,8 @@ def test_folders_of_texts(tmp_path):
     found = whole(open_source(folder))
     assert found.ids == ["a/c.md", "b.txt"] and found.texts == ["the text of a/c.md", "the text of b.txt"]
     (folder / "d.txt").write_bytes(b"caf\xe9")
-    assert error(folder) == "texts/d.txt: is not UTF-8 (byte 0xe9 at 3); save it as UTF-8"
+    assert error(folder) == "texts/d.txt: is not UTF-8 (byte 0xe9 at 3); name its encoding by --encoding, such as cp1252 or latin-1"
+    assert whole(open_source(folder, encoding="latin-1")).texts[-1] == "café"
     (folder / "d.txt").unlink(); (folder / "loop.txt").symlink_to("loop.txt")
     assert error(folder) == "texts/loop.txt: cannot be read (too many levels of symbolic links)"
     (folder / "loop.txt").unlink(); os.mkfifo(folder / "pipe.txt")
@@ -235,8 +263,9 @@ def test_no_mutated_file_breaks_its_reader(tmp_path):
         path = tmp_path / name
         (path / "a.txt" if name == "texts" else path).write_bytes(content := mutated(originals[name], rng))
         columns = [(), (), ["a", "b"], ["text"]][rng.randrange(4)] if name in names[:3] else ()
+        encoding = rng.choice([None] * 6 + ["utf-16", "cp1252", "ascii", "utf-7"]) if name in ("table.csv", "table.jsonl", "texts") else None
         try:
-            source = open_source(path, columns, id_column="id" if columns and rng.random() < 0.5 else None)
+            source = open_source(path, columns, id_column="id" if columns and rng.random() < 0.5 else None, encoding=encoding)
             for block in source.blocks(skip_missing=rng.random() < 0.5):
                 assert source.text or np.isfinite(block.values).all() and block.values.shape[1] == len(source.columns)
         except SourceError as error:

@@ -111,8 +111,8 @@ def read_evidence(results: str | Path) -> list[Evidence]:
     for path in sorted((Path(results) / "theory").glob("*.json")):
         try:
             found += [Evidence(**row) for row in list.__iter__(json.loads(path.read_text(encoding="utf-8")))]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path.name} is not a record of evidence ({type(error).__name__}: {error})") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path.name} is not a record of evidence ({type(error).__name__}: {str(error)[:200]})") from None
     return found
 
 # %% ../../nbs/library/10a_claims.ipynb #d8dcd26d

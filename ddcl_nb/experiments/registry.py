@@ -94,6 +94,10 @@ def provenance() -> dict:
             "hardware": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "accelerator": accelerator}}
 
 # %% ../../nbs/library/10_registry.ipynb #70a0c777
+def _are_rows(rows) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, dict) and not any(isinstance(value, (dict, list)) for value in row.values()) for row in rows)
+
+
 class Log:
     "Rows of one run, kept in `OUT/.partial/NAME-PROFILE.json` until it is finished. `settings` tell one run from another."
 
@@ -107,8 +111,8 @@ class Log:
     def _left_over(self) -> list[dict]:
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
-            return kept["rows"] if kept["settings"] == self.settings else []
-        except (OSError, ValueError, KeyError, TypeError):
+            return kept["rows"] if kept["settings"] == self.settings and _are_rows(kept["rows"]) else []
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return []
 
     def row(self, measure: Callable[[], Mapping], **key) -> dict:
@@ -174,9 +178,36 @@ def read_result(path: str | Path) -> Result:
     "A result from its JSON file; `ValueError` naming the file when it is not one."
     try:
         kept = json.loads(Path(path).read_text(encoding="utf-8"))
-        return Result(kept["experiment"], kept["profile"], kept["rows"], kept["about"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{Path(path).name} is not a result of ddcl_nb ({type(error).__name__}: {error})") from None
+        result = Result(kept["experiment"], kept["profile"], kept["rows"], kept["about"])
+        _check(result)
+        return result
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{Path(path).name} is not a result of ddcl_nb ({type(error).__name__}: {str(error)[:200]})") from None
+
+
+_ABOUT = {str: ("title", "paper", "question", "verdict", "date", "commit"), dict: ("sources", "settings", "versions", "hardware", "figures"), list: ("table",)}
+_CELLS = ("paper", "paper_kmeans", "papers_setting", "kmeans", "ours")
+
+
+def _check(result: Result) -> None:
+    "Raise a ValueError that names what is not as results are."
+    for name in ("experiment", "profile"):
+        if not isinstance(value := getattr(result, name), str) or not value or Path(value).name != value:
+            raise ValueError(f"{name} is {str(value)[:40]!r}")
+    if not _are_rows(result.rows) or not isinstance(result.about, dict):
+        raise ValueError("rows must be a list of objects of texts and numbers, and about an object")
+    for kind, names in _ABOUT.items():
+        for name in names:
+            if not isinstance(result.about.get(name), (kind, type(None))):
+                raise ValueError(f"about.{name} is {str(result.about[name])[:40]!r}")
+    for line in result.about.get("table") or []:
+        if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in ("data", "measure")) or not all(_is_cell(line.get(name)) for name in _CELLS):
+            raise ValueError(f"a line of about.table is {str(line)[:80]!r}")
+
+
+def _is_cell(value) -> bool:
+    "A number, a mean with its deviation, or nothing."
+    return value is None or isinstance(value, (int, float)) or isinstance(value, list) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)
 
 
 def stored_results(folder: str | Path) -> list[Result]:
