@@ -40,8 +40,8 @@ from .storage import write_text
 __all__ = ['TEMPERATURE', 'OURS', 'METHODS', 'OPERATIONS', 'WEIGHTS', 'Point', 'backward', 'ours', 'composed', 'vector_quantizer',
            'mechanism', 'library_attention', 'fused_attention', 'products', 'gemm', 'Method', 'spared', 'axes',
            'points', 'ready', 'in_words', 'take_turns', 'peak_so_far', 'raised_peak', 'peak_memory', 'tasks',
-           'expected_seconds', 'measured_times', 'measure', 'flat', 'at', 'growth', 'slower_than_best',
-           'memory_of_input', 'aims', 'style_of', 'figure_axis']
+           'expected_seconds', 'steps', 'measured_times', 'measure', 'flat', 'at', 'growth', 'slower_than_best',
+           'memory_of_input', 'aims', 'tables', 'style_of', 'figure_axis']
 
 # %% ../nbs/library/11e_benchmark.ipynb #edf394f6
 @dataclass(frozen=True)
@@ -180,15 +180,15 @@ def spared(name: str, point: Point) -> str | None:
         return f"about {weights:.1e} numbers in N x K matrices, above the budget of {WEIGHTS:.1e}"
     return None
 
-# %% ../nbs/library/11e_benchmark.ipynb #f4ac643b
+# %% ../nbs/library/11e_benchmark.ipynb #3a114e8f
 def axes(quick: bool) -> dict[str, list[Point]]:
     "Points along each axis, in order; `precision` and `threads` repeat some of them."
     if quick:
-        return {"N": [Point(n, 64, 64) for n in (1024, 4096, 16384)], "K": [Point(4096, 64, k) for k in (16, 64, 512)],
-                "m": [Point(4096, m, 64) for m in (32, 64)], "threads": [Point(4096, 64, 512, threads=1)], "precision": [Point(4096, 64, 512, dtype="bfloat16")]}
-    bases = (65536, 64, 64), (16384, 64, 512), (4096, 64, 8192)
+        return {"N": [Point(n, 64, 64) for n in (1024, 2048, 4096)], "K": [Point(2048, 64, k) for k in (16, 64, 512)],
+                "m": [Point(2048, m, 64) for m in (32, 64)], "threads": [Point(2048, 64, 512, threads=1)], "precision": [Point(2048, 64, 512, dtype="bfloat16")]}
+    bases = (65536, 64, 64), (16384, 64, 512)
     return {"N": [Point(2**n, 64, 64) for n in (10, 12, 14, 16, 18, 20)], "K": [Point(16384, 64, k) for k in (16, 64, 512, 2048, 8192, 65536)],
-            "m": [Point(16384, m, 512) for m in (32, 64, 128, 256)], "large": [Point(65536, 64, 512), Point(4096, 64, 8192)],
+            "m": [Point(16384, m, 512) for m in (32, 64, 128, 256)], "large": [Point(65536, 64, 512)],
             "threads": [Point(*b, threads=1) for b in bases], "precision": [Point(*b, dtype="bfloat16") for b in bases]}
 
 
@@ -266,7 +266,7 @@ def peak_memory(name: str, point: Point) -> int | str:
     except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         return in_words(error)
 
-# %% ../nbs/library/11e_benchmark.ipynb #162cfca0
+# %% ../nbs/library/11e_benchmark.ipynb #cc4f431e
 def tasks(quick: bool) -> Iterator[tuple[str, Point, str | None]]:
     "What is to be done: `time` of a point (all methods), and `memory` of each method at the points with the usual threads."
     for point in points(quick):
@@ -275,7 +275,7 @@ def tasks(quick: bool) -> Iterator[tuple[str, Point, str | None]]:
             yield from (("memory", point, name) for name in METHODS if not spared(name, point))
 
 
-def expected_seconds(quick: bool, runs: int = 5, start: float = 0.6) -> float:
+def expected_seconds(quick: bool = False, runs: int = 5, start: float = 0.6) -> float:
     "What a run will take, from a square product of this moment and the rough costs of the methods."
     run = ready("GEMM (floor)", base := Point(4096, 64, 512))
     rate = base.operations / min(run() for _ in range(4))
@@ -287,6 +287,11 @@ def expected_seconds(quick: bool, runs: int = 5, start: float = 0.6) -> float:
     return total
 
 
+def steps(quick: bool = False, runs: int = 5) -> int:
+    "How often a run advances."
+    return sum(1 for _ in tasks(quick))
+
+
 def measured_times(point: Point, runs: int) -> dict:
     "One line of the log: times of all methods at a point, and the load of the machine around it."
     load = os.getloadavg()[0]
@@ -296,7 +301,7 @@ def measured_times(point: Point, runs: int) -> dict:
 
 def measure(quick: bool = False, out: str | Path = "results", runs: int = 5, advance: Callable[..., None] = lambda n=1, note="": None) -> dict:
     "Run the suite and write `OUT/bench/layer.json` (`layer-quick.json`): rows, growth and aims. Resumes what was interrupted."
-    log = Log("bench-layer", "quick" if quick else "full", out, {"runs": runs}, advance)
+    log = Log("bench-layer", "quick" if quick else "full", out, {"runs": runs, "commit": provenance()["commit"]}, advance)
     usual = torch.get_num_threads()
     try:
         for what, point, name in tasks(quick):
@@ -420,6 +425,17 @@ def aims(rows: Sequence[Mapping]) -> list[dict]:
         _aim("peak extra memory at most 4 times the input (N >= 16384)", most, lambda v: v <= 4, note=where_most),
         _aim("peak extra memory independent of K: growth from K = 16 to 8192 at N = 16384", memory[-1] / memory[0] if len(memory) > 1 else None, lambda v: v <= 1.5, "{:.2f} times"),
         *(_aim(f"on an H200 in bf16 {words} of fused attention", None, lambda v: False, note="") for words in ("forward within 1.15 times", "forward and backward within 1.3 times"))]
+
+# %% ../nbs/library/11e_benchmark.ipynb #f27e5959
+def tables(result: Mapping) -> list[tuple[list[str], list[list[str]]]]:
+    "Head and rows of what a run came to: times at the points of the aims, growth, and aims."
+    rows = result["rows"]
+    shown = lambda row, column, unit: f"{row[column] / unit:,.1f}" if column in row else "–"
+    points = [p for p in _usual(rows) if p.shape in ((65536, 64, 64), (16384, 64, 512), (16384, 64, 8192))] or _usual(rows)[-2:]
+    times = [[str(p.shape), row["method"], shown(row, "median_ms", 1), shown(row, "peak_bytes", 1e6)] for p in points for row in rows if Point(*(row[f] for f in Point.__dataclass_fields__)) == p]
+    slopes = {(g["axis"], g["method"]): g["slope"] for g in result["growth"]}
+    grown = [[name, *(f"{slopes[axis, name]:.2f}" if (axis, name) in slopes else "–" for axis in "NKm")] for name in METHODS]
+    return [(["N, m, K", "method", "ms", "MB"], times), (["growth of time", "N", "K", "m"], grown), (["aim", "measured", "verdict"], [[a["aim"], a["measured"], a["verdict"]] for a in result["aims"]])]
 
 # %% ../nbs/library/11e_benchmark.ipynb #411a9bde
 def style_of(name: str) -> dict:

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from ddcl_nb.experiments.registry import Experiment, Result
 
 # %% auto #0
-__all__ = ['app', 'DataFile', 'ModelFolder', 'EncoderOption', 'SkipOption', 'JsonOption', 'DebugOption', 'ddcl_command', 'main',
-           'fail', 'words', 'one_line', 'show', 'get_data', 'data_command', 'seeds_of', 'chosen', 'checked_profile',
-           'writable', 'data_of', 'data_line', 'say_data', 'Reproduction', 'finished', 'note_finished', 'forget',
-           'left_over', 'run_one', 'run_all', 'with_earlier', 'list_experiments', 'say_comparison', 'interruptible',
-           'carry_out', 'reproduce_command', 'telling', 'clusters_asked', 'plain', 'example_words',
-           'nearest_to_prototypes', 'say_clusters', 'fit_facts', 'fit_command', 'predict_command', 'the_row', 'heat',
-           'say_why', 'say_evidence', 'explain_command', 'doctor_command', 'counted', 'say_examination']
+__all__ = ['app', 'DataFile', 'ModelFolder', 'EncoderOption', 'SkipOption', 'JsonOption', 'DebugOption', 'SUITES', 'ddcl_command',
+           'main', 'fail', 'words', 'one_line', 'show', 'get_data', 'data_command', 'seeds_of', 'chosen',
+           'checked_profile', 'writable', 'data_of', 'data_line', 'say_data', 'Reproduction', 'finished',
+           'note_finished', 'forget', 'left_over', 'run_one', 'run_all', 'with_earlier', 'list_experiments',
+           'say_comparison', 'interruptible', 'carry_out', 'reproduce_command', 'telling', 'clusters_asked', 'plain',
+           'example_words', 'nearest_to_prototypes', 'say_clusters', 'fit_facts', 'fit_command', 'predict_command',
+           'the_row', 'heat', 'say_why', 'say_evidence', 'explain_command', 'doctor_command', 'counted',
+           'say_examination', 'bench_one', 'bench_command']
 
 # %% ../nbs/library/12_cli.ipynb #22a8c35c
 app = typer.Typer(name="ddcl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -573,3 +574,46 @@ def say_examination(facts: dict) -> None:
                                        ["farther than 99% in training", f"{facts['far']:.1%}", "1.0%"], ["stability index of cluster sizes", number(facts["stability_index"]), "0"]], right=["here", "in training"])
     if layer := facts["layer"]:
         typer.echo(f"\nAs a layer at this temperature: {layer['status']}: {layer['verdict']}." + (f" Change: {layer['change']}." if layer["change"] else ""))
+
+# %% ../nbs/library/12_cli.ipynb #4de10de7
+SUITES = {"layer": "ddcl_nb.benchmark", "whole": "ddcl_nb.costs"}
+"Suites of `ddcl bench`, and the modules that measure them."
+
+
+def bench_one(name: str, quick: bool, runs: int, out: Path) -> None:
+    "Measure a suite with a progress bar, and print what came out."
+    from importlib import import_module
+
+    from ddcl_nb.progress import progress
+    module, start = import_module(SUITES[name]), time.perf_counter()
+    typer.echo(f"{name}: about {max(1, round(module.expected_seconds(quick, runs) / 60))} min, as this machine is now")
+    with progress(name, module.steps(quick, runs)) as advance:
+        result = module.measure(quick, out, runs, advance)
+    for head, rows in module.tables(result):
+        show(head, rows, right=[column for column in head if column in ("ms", "MB", "N", "K", "m") or column.startswith("s")])
+        typer.echo()
+    typer.echo(f"{name}: measured in {time.perf_counter() - start:.0f} s; {out / 'bench' / name}{'-quick' if quick else ''}.json")
+
+
+@app.command("bench")
+def bench_command(
+        only: Annotated[Optional[list[str]], typer.Option(metavar="NAME", help="Run only this suite: layer (kernels) or whole (start, documents). May be repeated.")] = None,
+        quick: Annotated[bool, typer.Option("--quick", help="Small shapes, a minute: to see that it works.")] = False,
+        runs: Annotated[int, typer.Option(min=1, help="Passes whose median is taken, at least.")] = 5,
+        out: Annotated[Path, typer.Option(help="Folder for the results; they go to its subfolder bench.")] = Path("results"),
+        fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run has measured.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    "Measure time and memory on this machine: the layer beside its alternatives, starting up, reading documents. Stop at any time; the same command goes on."
+    with one_line(debug):
+        for name in only or ():
+            if name not in SUITES:
+                fail(f"--only: no suite {name!r}; there are {', '.join(SUITES)}", 2)
+        writable("--out", out)
+        try:
+            for name in only or SUITES:
+                if fresh:
+                    (out / ".partial" / f"bench-{name}-{'quick' if quick else 'full'}.json").unlink(missing_ok=True)
+                bench_one(name, quick, runs, out)
+        except KeyboardInterrupt:
+            typer.echo(f"Stopped. What was measured is in {out / '.partial'}; the same command goes on from there.", err=True)
+            raise typer.Exit(130) from None
