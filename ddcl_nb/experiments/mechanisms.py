@@ -33,8 +33,9 @@ from ..training import param_groups
 __all__ = ['OURS', 'COMPARED', 'DIM', 'QUERIES', 'SIZES', 'CONDITIONS', 'COST_DIM', 'COST_QUERIES', 'SIGNS', 'OWN', 'EXPERIMENT',
            'Extent', 'digits', 'Reader', 'Flattened', 'make_identical', 'make_hot', 'wanted', 'entropy_share',
            'distinctness', 'usage_share', 'smallest_distance', 'queries_of', 'own_report', 'vital_signs', 'trained',
-           'kept_bytes', 'costs', 'slope', 'run', 'flat', 'steps', 'values', 'gap', 'telling', 'cost_slopes', 'largest',
-           'table_1', 'table', 'verdict', 'draw', 'figure_cost', 'figure_courses', 'figure_signs']
+           'kept_bytes', 'costs', 'slope', 'run', 'flat', 'steps', 'values', 'gap', 'telling', 'in_words',
+           'cost_slopes', 'largest', 'table_1', 'table', 'verdict', 'draw', 'figure_cost', 'figure_courses',
+           'figure_signs']
 
 # %% ../../nbs/experiments/06_mechanisms.ipynb #e4e56470
 OURS = "DDCL attention"
@@ -283,7 +284,7 @@ def steps(profile: str, seeds: Sequence[int] | None = None) -> int:
     size = SIZES[profile]
     return len(size.seeds if seeds is None else seeds) * (len(size.lengths) + sum(wanted(name, condition) for name in COMPARED for condition in CONDITIONS))
 
-# %% ../../nbs/experiments/06_mechanisms.ipynb #1001be0d
+# %% ../../nbs/experiments/06_mechanisms.ipynb #a5791fa7
 SIGNS = ("acc", "entropy", "distinct", "usage", "separation", "L_q / T_c", "V / L_q", "tau", "S_min")
 "Quantities that could tell. The last four are reported by the prototype bank itself."
 OWN = SIGNS[-4:]
@@ -301,10 +302,15 @@ def gap(healthy: Sequence[float], collapsed: Sequence[float]) -> float:
     return float((min(b) - max(a)) / width)
 
 
-def telling(rows: Sequence[dict], mechanism: str, condition: str) -> list[str]:
-    "The quantities that tell of a collapse of a mechanism, the clearest first."
+def telling(rows: Sequence[dict], mechanism: str, condition: str) -> dict[str, float]:
+    "The quantities that tell of a collapse of a mechanism and their margins, the clearest first."
     gaps = {sign: gap(h, c) for sign in SIGNS if (h := values(rows, mechanism, "healthy", sign)) and (c := values(rows, mechanism, condition, sign))}
-    return sorted((sign for sign, g in gaps.items() if g >= 1), key=lambda sign: -gaps[sign])
+    return {sign: g for sign, g in sorted(gaps.items(), key=lambda pair: -pair[1]) if g > 0}
+
+
+def in_words(found: dict[str, float]) -> str:
+    "Quantities with their margins."
+    return ", ".join(f"{sign} ({'over 99' if g > 99 else f'{g:.1f}'})" for sign, g in found.items()) or "nothing"
 
 
 def cost_slopes(rows: Sequence[dict], mechanism: str) -> tuple[float, float]:
@@ -314,7 +320,7 @@ def cost_slopes(rows: Sequence[dict], mechanism: str) -> tuple[float, float]:
     mean = lambda column: [float(np.median([row[column] for row in own if row["tokens"] == n])) for n in lengths]
     return slope(lengths, mean("ms")), slope(lengths, mean("kept_bytes"))
 
-# %% ../../nbs/experiments/06_mechanisms.ipynb #95fd435d
+# %% ../../nbs/experiments/06_mechanisms.ipynb #142213bd
 def largest(rows: Sequence[dict], mechanism: str) -> dict[str, tuple[float, float]]:
     "Cost at the largest number of tokens, mean and standard deviation over seeds."
     own = [row for row in rows if row["part"] == "cost" and row["mechanism"] == mechanism]
@@ -332,7 +338,7 @@ def table_1(rows: Sequence[dict]) -> list[dict]:
                 "distinct at the end": spread(values(rows, name, "healthy", "distinct")), "separation at the end": spread(values(rows, name, "healthy", "separation"))}
         for condition in ("identical", "hot"):
             if wanted(name, condition):
-                line |= {f"accuracy, {condition}": spread(values(rows, name, condition, "acc")), f"tells, {condition}": ", ".join(telling(rows, name, condition)) or "nothing"}
+                line |= {f"accuracy, {condition}": spread(values(rows, name, condition, "acc")), f"tells, {condition}": in_words(telling(rows, name, condition))}
         lines.append(line)
     return lines
 
@@ -357,12 +363,11 @@ def verdict(rows: Sequence[dict]) -> str:
         for name in (n for n in COMPARED if wanted(n, condition)):
             found = telling(rows, name, condition)
             lost = np.mean(values(rows, name, "healthy", "acc")) - np.mean(values(rows, name, condition, "acc"))
-            own = [sign for sign in found if sign in OWN]
-            parts.append(f"{name} loses {100 * lost:.1f} points of accuracy and is given away by {', '.join(found) or 'nothing'}" + (f" (by its own report: {', '.join(own) or 'nothing'})" if name == OURS else ""))
+            parts.append(f"{name} {'loses' if lost > 0 else 'gains'} {100 * abs(lost):.1f} points of accuracy and is given away by {', '.join(found) or 'nothing'}" + (f" (of its own report: {', '.join(s for s in found if s in OWN) or 'nothing'})" if name == OURS else ""))
         words.append(f"When {what}, " + "; ".join(parts) + ".")
     return " ".join(words)
 
-# %% ../../nbs/experiments/06_mechanisms.ipynb #e8361bed
+# %% ../../nbs/experiments/06_mechanisms.ipynb #65b07bf0
 def draw(result: Result, out: str | Path) -> None:
     "Figures: costs, separation over training, and the vital signs of healthy and collapsed mechanisms."
     plots.use_style()
@@ -378,14 +383,16 @@ def figure_cost(result: Result):
     for name, colour, marker in zip(COMPARED, plots.palette(len(COMPARED)), "os^vD"):
         for ax, column, unit in zip(panels, ("ms", "kept_bytes"), (1, 1e6)):
             ax.loglog(lengths, [np.median([row[column] for row in rows if row["mechanism"] == name and row["tokens"] == n]) / unit for n in lengths], color=colour, marker=marker, ms=4, lw=2.4 if name == OURS else 1.3, label=name)
-    panels[0].set(xlabel="tokens N", ylabel="milliseconds")
-    panels[1].set(xlabel="tokens N", ylabel="kept for the backward pass, MB")
+    for ax, label in zip(panels, ("milliseconds", "kept for the backward pass, MB")):
+        ax.set(xlabel="tokens N", ylabel=label, xticks=lengths, xticklabels=lengths)
+        ax.xaxis.set_minor_locator(require("matplotlib.ticker", "plots").NullLocator())
     panels[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     return figure
 
 
 def figure_courses(result: Result):
-    signs = (("distinct", "distinctness of what queries read"), ("separation", "separation of queries"), ("acc", "test accuracy"))
+    signs = (("distinct", "distinctness"), ("separation", "separation"), ("acc", "test accuracy"))
+    highest = 1.1 * max(row["separation"] for row in result.about["curves"] if row.get("separation") is not None)
     figure, panels = require("matplotlib.pyplot", "plots").subplots(len(CONDITIONS), len(signs), figsize=(10.5, 7.2), sharex=True)
     for line, condition in zip(panels, CONDITIONS):
         for ax, (sign, label) in zip(line, signs):
@@ -396,7 +403,7 @@ def figure_courses(result: Result):
                     by_epoch = np.array([[row[sign] for row in rows if row["epoch"] == e] for e in epochs])
                     ax.plot(epochs, by_epoch.mean(1), color=colour, lw=2.4 if name == OURS else 1.3, label=name)
                     ax.fill_between(epochs, by_epoch.mean(1) - by_epoch.std(1), by_epoch.mean(1) + by_epoch.std(1), color=colour, alpha=0.15, lw=0)
-            ax.set(title=f"{condition}: {label}", ylim=(0, None if sign == "separation" else 1.02))
+            ax.set(title=f"{condition}: {label}", ylim=(-0.02, highest if sign == "separation" else 1.02))
     for ax in panels[-1]:
         ax.set_xlabel("epoch")
     panels[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
