@@ -437,7 +437,7 @@ def tables(result: Mapping) -> list[tuple[list[str], list[list[str]]]]:
     grown = [[name, *(f"{slopes[axis, name]:.2f}" if (axis, name) in slopes else "–" for axis in "NKm")] for name in METHODS]
     return [(["N, m, K", "method", "ms", "MB"], times), (["growth of time", "N", "K", "m"], grown), (["aim", "measured", "verdict"], [[a["aim"], a["measured"], a["verdict"]] for a in result["aims"]])]
 
-# %% ../nbs/library/11e_benchmark.ipynb #411a9bde
+# %% ../nbs/library/11e_benchmark.ipynb #6e5ce6a2
 def style_of(name: str) -> dict:
     "Line style of a method: ours is thick, floors are grey and dotted."
     floors = [n for n, method in METHODS.items() if method.floor]
@@ -454,9 +454,11 @@ def figure_axis(rows: Sequence[Mapping], axis: str, quick: bool = False):
     for ax, column, unit in zip(panels, ("median_ms", "peak_bytes"), (1, 1e6)):
         for name in METHODS:
             line = [(getattr(p, axis), v / unit) for p in axes(quick)[axis] if (v := at(rows, p, name, column))]
-            if line:
+            if len(line) > 1:
                 ax.loglog(*zip(*line), label=name, **style_of(name))
-        fixed = axes(quick)[axis][0]
+        fixed, ticks = axes(quick)[axis][0], [getattr(p, axis) for p in axes(quick)[axis]]
+        ax.set_xticks(ticks, [f"{v:,}" if v < 10_000 else f"{v / 1e3:.0f}k" if v < 1_000_000 else f"{v / 1e6:.0f}M" for v in ticks])
+        ax.xaxis.set_minor_locator(require("matplotlib.ticker", "plots").NullLocator())
         ax.set(xlabel=axis + " (" + ", ".join(f"{n} = {getattr(fixed, n):,}" for n in ("N", "m", "K") if n != axis) + ")", ylabel="milliseconds" if column == "median_ms" else "peak memory of a pass, MB")
     panels[1].legend(*panels[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     return figure

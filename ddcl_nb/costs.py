@@ -170,13 +170,13 @@ def tables(result: Mapping) -> list[tuple[list[str], list[list[str]]]]:
     reads = [[line["stage"], f"{line['seconds']:,.0f}", "–" if line["error"] is None else f"{line['error']:,.0f}"] for line in scaled(result["documents"])]
     return [(["program", "seconds over nothing"], starts), (["100,000 documents", "seconds", "standard error"], reads)]
 
-# %% ../nbs/library/11f_costs.ipynb #fb2b7a17
+# %% ../nbs/library/11f_costs.ipynb #b6519ad1
 def experiment_seconds(folder: str | Path) -> list[dict]:
     "Seconds by experiment and method from the results in a folder such as `results/quick`, most first."
     found: dict[tuple[str, str], float] = {}
     for path in sorted(Path(folder).glob("*.json")):
         result = read_result(path)
         for row in result.rows:
-            name = next((str(row[key]) for key in ("method", "mechanism", "ranking", "ratio", "stage") if row.get(key) is not None), "all")
+            name = next((str(row[key]) for key in ("method", "mechanism", "ranking", "stage") if row.get(key) is not None), f"ratio {row['ratio']:g}" if "ratio" in row else "all")
             found[result.experiment, name] = found.get((result.experiment, name), 0.0) + float(row.get("seconds") or 0)
     return [{"experiment": e, "method": m, "seconds": s} for (e, m), s in sorted(found.items(), key=lambda pair: -pair[1])]

@@ -34,7 +34,7 @@ __all__ = ['OURS', 'COMPARED', 'DIM', 'QUERIES', 'SIZES', 'CONDITIONS', 'COST_DI
            'Extent', 'digits', 'Reader', 'Flattened', 'make_identical', 'make_hot', 'wanted', 'entropy_share',
            'distinctness', 'usage_share', 'smallest_distance', 'queries_of', 'own_report', 'vital_signs', 'trained',
            'kept_bytes', 'costs', 'slope', 'run', 'flat', 'steps', 'values', 'gap', 'telling', 'in_words',
-           'cost_slopes', 'largest', 'table_1', 'table', 'verdict', 'draw', 'figure_cost', 'figure_courses',
+           'cost_slopes', 'largest', 'table_1', 'table', 'busy', 'verdict', 'draw', 'figure_cost', 'figure_courses',
            'figure_signs']
 
 # %% ../../nbs/experiments/06_mechanisms.ipynb #e4e56470
@@ -320,7 +320,7 @@ def cost_slopes(rows: Sequence[dict], mechanism: str) -> tuple[float, float]:
     mean = lambda column: [float(np.median([row[column] for row in own if row["tokens"] == n])) for n in lengths]
     return slope(lengths, mean("ms")), slope(lengths, mean("kept_bytes"))
 
-# %% ../../nbs/experiments/06_mechanisms.ipynb #142213bd
+# %% ../../nbs/experiments/06_mechanisms.ipynb #450d6e0b
 def largest(rows: Sequence[dict], mechanism: str) -> dict[str, tuple[float, float]]:
     "Cost at the largest number of tokens, mean and standard deviation over seeds."
     own = [row for row in rows if row["part"] == "cost" and row["mechanism"] == mechanism]
@@ -353,9 +353,15 @@ def table(rows: Sequence[dict]) -> list[dict]:
             line(f"ms at {max(r['tokens'] for r in rows if r['part'] == 'cost'):,} tokens (against {quickest})", largest(rows, quickest)["ms"], largest(rows, OURS)["ms"])]
 
 
+def busy(rows: Sequence[dict]) -> str:
+    "A warning, where times were taken on a machine that had other things to do."
+    load, cores = max(row["load"] for row in rows if row["part"] == "cost"), os.cpu_count() or 1
+    return f" (times mean little: the load was {load:.0f} on {cores} cores)" if load > cores + 1 else ""
+
+
 def verdict(rows: Sequence[dict]) -> str:
     "What was measured, in words."
-    words = ["Time grows with the number of tokens N as N to the " + ", ".join(f"{cost_slopes(rows, name)[0]:.1f} ({name})" for name in COMPARED) + "; memory kept for the backward pass to the " + ", ".join(f"{cost_slopes(rows, name)[1]:.1f}" for name in COMPARED) + "."]
+    words = ["Time grows with the number of tokens N as N to the " + ", ".join(f"{cost_slopes(rows, name)[0]:.1f} ({name})" for name in COMPARED) + "" + busy(rows) + "; memory kept for the backward pass to the " + ", ".join(f"{cost_slopes(rows, name)[1]:.1f}" for name in COMPARED) + "."]
     same = [name for name in COMPARED if np.mean(values(rows, name, "healthy", "distinct")) < 0.01]
     words += [f"Left alone, queries come to read the same thing (distinctness below 0.01) in: {', '.join(same)}." if same else "Left alone, queries stay distinct in all of them."]
     for condition, what in (("identical", "started from identical queries"), ("hot", "made a hundred times flatter")):
