@@ -34,8 +34,8 @@ site: $(READY) ## Build the documentation site into _docs/
 notebooks: $(READY) ## Open the notebooks in JupyterLab, in the right environment
 	$(BIN)/jupyter lab nbs
 
-bench: $(READY) ## Measure time and memory of the kernels; writes results/bench/
-	$(BIN)/python benchmarks/assign.py
+bench: $(READY) ## Measure time and memory beside the alternatives, some 20 minutes; writes results/bench/
+	$(BIN)/ddcl bench
 
 export: $(READY) ## Write the package and the README from the notebooks, and clean the notebooks
 	$(BIN)/nbdev-export
