@@ -32,7 +32,7 @@ __all__ = ['BUDGETS', 'WIDTH_', 'HEADS_', 'RATIO_', 'BLOCKS_', 'INPUTS_', 'CENTR
            'token_plan', 'run', 'token_steps', 'token_values', 'behind_full', 'of_full', 'token_verdict',
            'figure_operations', 'figure_paired']
 
-# %% ../../nbs/experiments/10_centroid_transformer.ipynb #d35747fe
+# %% ../../nbs/experiments/10_centroid_transformer.ipynb #58aee9d9
 @dataclass(frozen=True)
 class TokenBudget:
     "How much a profile measures: training and test inputs, epochs and seeds of images and of clouds; points of a cloud."
@@ -47,7 +47,7 @@ class TokenBudget:
     cloud_seeds: int
 
 
-BUDGETS = {"quick": TokenBudget(448, 300, 2, 256, 200, 2, 32, range(2), 1), "full": TokenBudget(16000, 4000, 1, 3000, 908, 2, 128, range(5), 3)}
+BUDGETS = {"quick": TokenBudget(448, 300, 2, 256, 200, 2, 32, range(2), 1), "full": TokenBudget(10000, 3000, 1, 2000, 908, 2, 128, range(5), 3)}
 
 
 def _subset(inputs: np.ndarray, labels: np.ndarray, n: int) -> tuple[Tensor, Tensor]:
