@@ -32,7 +32,7 @@ __all__ = ['BUDGETS', 'WIDTH_', 'HEADS_', 'RATIO_', 'BLOCKS_', 'INPUTS_', 'CENTR
            'token_plan', 'run', 'token_steps', 'token_values', 'behind_full', 'of_full', 'token_verdict',
            'figure_operations', 'figure_paired']
 
-# %% ../../nbs/experiments/10_centroid_transformer.ipynb #e18be057
+# %% ../../nbs/experiments/10_centroid_transformer.ipynb #fbe707bf
 @dataclass(frozen=True)
 class TokenBudget:
     "How much a profile measures: training and test inputs, epochs and seeds of images and of clouds; points of a cloud."
@@ -45,10 +45,10 @@ class TokenBudget:
     points: int
     seeds: range
     cloud_seeds: int
-    batch: int = 32
+    batch: int = 64
 
 
-BUDGETS = {"quick": TokenBudget(480, 300, 2, 480, 200, 2, 32, range(2), 1, 12), "full": TokenBudget(10000, 3000, 1, 2000, 908, 2, 128, range(5), 3)}
+BUDGETS = {"quick": TokenBudget(960, 400, 4, 480, 200, 4, 32, range(2), 2, 24), "full": TokenBudget(10000, 5000, 4, 2000, 908, 3, 128, range(5), 3)}
 
 
 def _subset(inputs: np.ndarray, labels: np.ndarray, n: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def cloud_data(digits: bool, train: int, test: int, points: int) -> tuple[tuple[
     clouds = (np.stack([pixel % 8, pixel // 8], -1) + rng.random((len(images), points, 2)) - 4) / 4
     return _subset(clouds[:1300], labels[:1300], train), _subset(clouds[1300:], labels[1300:], test), "points drawn from the ink of digits"
 
-# %% ../../nbs/experiments/10_centroid_transformer.ipynb #15f28a31
+# %% ../../nbs/experiments/10_centroid_transformer.ipynb #13dfef02
 def z_order(side: int) -> Tensor:
     "Cells of a `side * side` grid (a power of two) in the order of a Z-curve: `(side^2,)` row-major indices."
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -94,14 +94,14 @@ def z_order(side: int) -> Tensor:
 
 
 class ImageStem(nn.Module):
-    "Images to 64 tokens with learnt positions, through two small convolutions: `(B, C, H, W)` to `(B, 64, dim)`."
+    "Images to tokens with learnt positions, through two small convolutions: `(B, C, H, W)` to `(B, N, dim)`, N = 64 for sides of 32 and 16 for 8."
 
     def __init__(self, channels: int, side: int, dim: int):
         super().__init__()
-        first, second = (2, 2) if side == 32 else (1, 1)
-        self.convolutions = nn.Sequential(nn.Conv2d(channels, dim // 2, 3, first, 1), nn.GELU(), nn.Conv2d(dim // 2, dim, 3, second, 1))
-        self.positions = nn.Parameter(0.02 * torch.randn(64, dim))
-        self.register_buffer("order", z_order(8))
+        first = 2 if side == 32 else 1
+        self.convolutions = nn.Sequential(nn.Conv2d(channels, dim // 2, 3, first, 1), nn.GELU(), nn.Conv2d(dim // 2, dim, 3, 2, 1))
+        self.positions = nn.Parameter(0.02 * torch.randn((side // first // 2) ** 2, dim))
+        self.register_buffer("order", z_order(side // first // 2))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.convolutions(images).flatten(2).mT[:, self.order] + self.positions
@@ -258,7 +258,7 @@ def right_share(model: nn.Module, x: Tensor, y: Tensor) -> float:
     "Share of inputs that a model in evaluation puts in the right class."
     return float(torch.cat([model(part).argmax(-1) for part in x.split(200)]).eq(y).float().mean())
 
-# %% ../../nbs/experiments/10_centroid_transformer.ipynb #2aae14a6
+# %% ../../nbs/experiments/10_centroid_transformer.ipynb #c10d1765
 def material(budget: TokenBudget, data: str, digits: bool):
     return image_data(digits, budget.images, budget.image_test) if data == "images" else cloud_data(digits, budget.clouds, budget.cloud_test, budget.points)
 
@@ -268,8 +268,8 @@ def token_row(budget: TokenBudget, data: str, method: str, seed: int, digits: bo
     (x, y), test, _ = material(budget, data, digits)
     torch.manual_seed(seed)
     stem = ImageStem(*x.shape[1:3], WIDTH_) if data == "images" else CloudStem(x.shape[-1], WIDTH_)
-    N = 64 if data == "images" else budget.points
-    model = TokenClassifier(stem, (ENCODERS[data]() if data == "images" else ENCODERS[data](N))[method]())
+    N = len(stem.positions) if data == "images" else budget.points
+    model = TokenClassifier(stem, ENCODERS[data](N)[method]())
     operations = counted(model.encoder, N)
     fitted_tokens(model, x, y, budget.image_epochs if data == "images" else budget.cloud_epochs, budget.batch, seed)
     return {"accuracy": right_share(model, *test), "train_accuracy": right_share(model, x[:1000], y[:1000]), "operations": operations,
@@ -307,7 +307,7 @@ def token_steps(profile: str, seeds: Sequence[int] | None = None) -> int:
     budget = BUDGETS[profile]
     return len(token_plan(budget, list(budget.seeds if seeds is None else seeds)))
 
-# %% ../../nbs/experiments/10_centroid_transformer.ipynb #1b6072ad
+# %% ../../nbs/experiments/10_centroid_transformer.ipynb #20ad34b1
 def token_values(rows: Sequence[dict], data: str, method: str, name: str = "accuracy") -> np.ndarray:
     "A column of one method, by seed."
     return np.array([row[name] for row in rows if row["data"] == data and row["method"] == method])
@@ -332,12 +332,13 @@ def token_verdict(rows: Sequence[dict]) -> str:
         ours, others = ([m for m in methods if m != "full" and m.startswith(("centroids", "shares")) == mine and of_full(rows, data, m) <= 0.505] for mine in (True, False))
         best, rival = (max(group, key=lambda m: behind_full(rows, data, m).mean()) for group in (ours, others))
         gap, between = behind_full(rows, data, best), behind_full(rows, data, best) - behind_full(rows, data, rival)
-        held = "reached" if gap.mean() >= -1 else "not reached"
-        clear = "more" if abs(between.mean()) > between.std(ddof=1) / len(between) ** 0.5 * 2 else "less"
-        parts.append(f"On {data} the full transformer has {100 * token_values(rows, data, 'full').mean():.1f}%. The aim of one point at half of its operations is {held}: {best} is at "
-                     f"{gap.mean():+.1f} ± {gap.std(ddof=1):.1f} points with {100 * of_full(rows, data, best):.0f}% of the operations. The best of the simpler ways at no more than half is {rival} "
-                     f"({behind_full(rows, data, rival).mean():+.1f} points, {100 * of_full(rows, data, rival):.0f}%); the centroids less that are {between.mean():+.1f} points, "
-                     f"{clear} than two standard errors over {len(between)} seeds." if len(gap) > 1 else f"On {data} one seed was run, which settles nothing: {best} is {gap[0]:+.1f} points from the full transformer.")
+        n = len(gap)
+        error = lambda values: float(values.std(ddof=1)) / n**0.5 if n > 1 else float("nan")
+        words = f"On {data} the full transformer has {100 * token_values(rows, data, 'full').mean():.1f}%. "
+        words += f"One point at half of its operations is {'reached' if gap.mean() >= -1 else 'not reached'}: {best} is at {gap.mean():+.1f} ± {error(gap):.1f} points (standard error, {n} seeds) with {100 * of_full(rows, data, best):.0f}% of the operations. "
+        words += f"The best of the simpler ways is {rival}, at {behind_full(rows, data, rival).mean():+.1f} points with {100 * of_full(rows, data, rival):.0f}%; "
+        words += f"the centroids are {between.mean():+.1f} ± {error(between):.1f} points from it, "
+        parts.append(words + ("one seed, which settles nothing." if n < 2 else "a difference." if abs(between.mean()) > 2 * error(between) else "no difference that these seeds show."))
     return " ".join(parts)
 
 # %% ../../nbs/experiments/10_centroid_transformer.ipynb #33007453
