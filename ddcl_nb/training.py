@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .assign import DDCLOutput, NonFiniteInput, decompose
 from .bank import PrototypeBank, split_heads
+from .hierarchy import HierarchyOutput
 from .layers import LayerOutput, PrototypeBottleneck, token_mean, without_padding
 from .losses import decorrelation, on_sphere, reconstruction, repulsion, variance_floor
 from .metrics import perplexity, usage_counts, utilization
@@ -183,11 +184,11 @@ def _to_device(batch, device: torch.device) -> tuple:
 def bank_loss(model: nn.Module, tokens: Tensor, mask: Tensor | None = None, *rest) -> Tensor:
     "`L_q` of a model called as `model(tokens, mask)`: what `fit` minimises unless told otherwise."
     out = model(tokens) if mask is None else model(tokens, mask)
-    if isinstance(out, LayerOutput):
+    if isinstance(out, (LayerOutput, HierarchyOutput)):
         return out.loss
     if isinstance(out, DDCLOutput):
         return token_mean(out.loss, mask, next(iter(banks(model).values())).n_heads)
-    raise TypeError(f"the model returned {type(out).__name__}, not a LayerOutput or DDCLOutput: give fit a loss(model, *batch)")
+    raise TypeError(f"the model returned {type(out).__name__}, not a LayerOutput, HierarchyOutput or DDCLOutput: give fit a loss(model, *batch)")
 
 # %% ../nbs/library/06_training.ipynb #c9d8273d
 @contextmanager
