@@ -169,17 +169,24 @@ def _as_items(summaries: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | 
     "The summaries as items of the next level: alone, `(B, 1, m)`, when only the batch is left."
     return (summaries, mask) if summaries.dim() > 2 else (summaries[:, None], mask if mask is None else mask[:, None])
 
-# %% ../nbs/library/03b_hierarchy.ipynb #9664e376
-def _principal_axes(items: Tensor, width: int, n_heads: int) -> Tensor | None:
-    "Leading principal axes `(width, m)` of items `(N, m)`, dealt out to heads in turn; None where the items have fewer."
-    z = items.double() - items.double().mean(0)
-    axes = torch.linalg.svd(z, full_matrices=False)[2][:width]
-    return axes[torch.arange(width).unflatten(0, (-1, n_heads)).mT.flatten()] if len(axes) == width else None
+# %% ../nbs/library/03b_hierarchy.ipynb #6f3931af
+def _principal_axes(items: Tensor, width: int, n_heads: int, seed: int) -> Tensor | None:
+    "Leading principal axes `(width, m)` of items `(N, m)`, dealt out to heads in turn; None where there are fewer. Of very wide items by random projection."
+    z = items - items.mean(0)
+    if width > min(z.shape):
+        return None
+    if z.shape[1] <= 2048:
+        axes = torch.linalg.eigh(z.double().mT @ z.double())[1].flip(-1)[:, :width].mT
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            axes = torch.svd_lowrank(z, min(width + 16, *z.shape), niter=4)[2][:, :width].mT
+    return axes[torch.arange(width).unflatten(0, (-1, n_heads)).mT.flatten()]
 
 
 def _start(level: DDCLReadout, items: Tensor, method: str, seed: int) -> None:
     "Projection, prototypes and critical temperature of one level from items `(N, m)`."
-    if isinstance(level.project_in, nn.Linear) and (axes := _principal_axes(items, level.proto_dim, level.n_heads)) is not None:
+    if isinstance(level.project_in, nn.Linear) and (axes := _principal_axes(items, level.proto_dim, level.n_heads, seed)) is not None:
         level.project_in.weight.copy_(axes)
     level.init_from(items, method, seed)
 

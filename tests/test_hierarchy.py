@@ -12,7 +12,7 @@ from ddcl_nb.assign import decompose
 from ddcl_nb.hierarchy import FLOWS, HierarchicalDDCL, counts_of_rank, in_chunks, pack_counts, rank_counts, unpack_counts
 from ddcl_nb.layers import DDCLReadout
 from ddcl_nb.losses import ddcl_loss
-from ddcl_nb.stability import stability_report
+from ddcl_nb.stability import StabilityWarning, stability_report, watch
 from ddcl_nb.temperature import Anneal, critical_temperature
 from ddcl_nb.training import Diagnostics, banks, bank_loss, fit, param_groups
 
@@ -240,6 +240,22 @@ def test_stability_report_sees_every_level_and_which_is_above_its_critical_tempe
     report = stability_report(model, bank_loss, x)
     assert [sign.name for sign in report.banks] == ["levels.0.bank", "levels.1.bank"]
     assert report.banks[0].tau < 1 < report.banks[1].tau
+
+
+def test_watch_warns_of_the_level_that_is_above_its_critical_temperature():
+    x = tokens(60, 10, 6)
+    model = HierarchicalDDCL(6, (4, 3)).init_from(x)
+    with watch(model, every=1) as signs, pytest.warns(StabilityWarning, match="tau of levels.1.bank rose above 1"):
+        fit(model, x, epochs=8, batch_size=20, init=None, temperature=Anneal(0.1, 1.5))
+    assert not any("levels.0.bank" in warning for warning in signs.warnings)
+
+
+def test_wide_items_have_the_same_principal_axes():
+    x = torch.zeros(200, 3000)
+    x[:, :40] = torch.randn(200, 40, generator=torch.Generator().manual_seed(3)) * torch.linspace(9, 1, 40)
+    wide, narrow = (HierarchicalDDCL(x.shape[1], (3,), proto_dim=5).init_from(x[None], seed=1) for x in (x, x[:, :40]))
+    a, b = (model.levels[0].project_in.weight.detach()[:, :40] for model in (wide, narrow))
+    torch.testing.assert_close((a @ b.mT).abs(), torch.eye(5), atol=2e-2, rtol=0)
 
 
 class Summaries(nn.Module):
