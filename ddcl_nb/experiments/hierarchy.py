@@ -29,16 +29,16 @@ from ..temperature import Anneal
 from ..training import fit
 
 # %% auto #0
-__all__ = ['N_TOKENS', 'N_AXES', 'N_TOPICS', 'PROFILES_OF_HIERARCHY', 'EVERY_POST', 'SETTINGS', 'HELD', 'OTHER_RANGES',
-           'VARIANTS', 'BASELINES', 'PIECES', 'ASKED', 'CHUNK', 'ONE_VECTOR', 'CHUNKED', 'PAPERS_STACK', 'FIXED_STACK',
-           'MEANS', 'SURE', 'PAPER', 'EXPERIMENT', 'Profile', 'Posts', 'posts', 'two_levels', 'topics_of',
-           'trained_row', 'annealed_hierarchy', 'variant_topics', 'agreement', 'probe_accuracy', 'principal',
-           'product_quantised', 'token_histograms', 'product_codes', 'codes_of', 'code_row', 'LongDocuments',
-           'long_documents', 'found_by_probe', 'by_one_vector', 'by_chunks', 'long_row', 'run', 'steps', 'values_of',
-           'chosen_variant', 'table', 'verdict', 'draw', 'figure_5_curves', 'figure_5_map', 'figure_level_2',
-           'figure_scores', 'figure_codes', 'figure_long']
+__all__ = ['N_TOKENS', 'N_AXES', 'N_TOPICS', 'PROFILES_OF_HIERARCHY', 'EVERY_POST', 'SETTINGS', 'HELD', 'OTHERS', 'VARIANTS',
+           'BASELINES', 'PIECES', 'ASKED', 'CHUNK', 'ONE_VECTOR', 'CHUNKED', 'PAPERS_STACK', 'FIXED_STACK', 'MEANS',
+           'SURE', 'PAPER', 'EXPERIMENT', 'Profile', 'Posts', 'posts', 'two_levels', 'topics_of', 'trained_row',
+           'annealed_hierarchy', 'variant_topics', 'agreement', 'probe_accuracy', 'principal', 'product_quantised',
+           'token_histograms', 'product_codes', 'codes_of', 'code_row', 'LongDocuments', 'long_documents',
+           'found_by_probe', 'by_one_vector', 'by_chunks', 'long_row', 'run', 'steps', 'values_of', 'chosen_variant',
+           'table', 'verdict', 'draw', 'figure_5_curves', 'figure_5_map', 'figure_level_2', 'figure_scores',
+           'figure_codes', 'figure_long']
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #a0d5a7c7
+# %% ../../nbs/experiments/07_hierarchy.ipynb #a0473dfe
 N_TOKENS, N_AXES, N_TOPICS = 64, 128, 20
 
 
@@ -56,8 +56,8 @@ class Profile:
     long: int  # long documents, for training; half as many for test
 
 
-PROFILES_OF_HIERARCHY = {"quick": Profile("quick", 400, 200, range(2), 15, (15, 30), 150, (8,), 80),
-                         "full": Profile("quick", None, None, range(5), 15, (15, 75), 300, (8, 32), 600)}
+PROFILES_OF_HIERARCHY = {"quick": Profile("quick", 300, 200, range(2), 15, (15, 30), 100, (8,), 60),
+                         "full": Profile("quick", 1000, 1000, range(5), 15, (15, 75), 200, (8, 32), 300)}
 EVERY_POST = Profile("full", None, None, range(5), 15, (15, 150), 600, (4, 8, 16, 32), 4000)
 "All posts, for `run(\"full\", size=EVERY_POST)`: some hours on two cores."
 
@@ -94,7 +94,7 @@ def posts(reading: str, n_train: int | None, n_test: int | None) -> tuple[Posts,
     built = [Posts(r, _on_axes(r, m, centre, axes), m, part.labels[rows.numpy()]) for r, m, part, rows in zip(raw, masks, parts, chosen)]
     return *built, f"{data.name}: {len(raw[0])} training and {len(raw[1])} test documents, {data.source}; offline encoder, first {N_TOKENS} of up to {size.max_length} tokens"
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #89b7b53d
+# %% ../../nbs/experiments/07_hierarchy.ipynb #31b4246a
 SETTINGS = {"paper's setting": (True, dict(temperature=Anneal(1.0, 0.1, 15, "exponential"))),
             "T absolute, frozen projection": (False, dict(temperature=Anneal(1.0, 0.1, 15, "exponential"))),
             "tau per level, frozen projection": (False, dict(anneal=Anneal(1.0, 0.05, 15)))}
@@ -105,7 +105,7 @@ def two_levels(data: Posts, n_topics: int, seed: int, epochs: int, trainable: bo
     "A hierarchy trained as in section 7.5 of arXiv 2604.03850: topic `(N,)` of each post, and a row an epoch."
     torch.manual_seed(seed)
     x = data.x if trainable else data.x[..., :proto_dim]
-    model = HierarchicalDDCL(x.shape[-1], (32, n_topics), proto_dim=(proto_dim, None)).init_from(x, "kmeans", seed, data.mask, max_items=8000)
+    model = HierarchicalDDCL(x.shape[-1], (32, n_topics), proto_dim=(proto_dim, None)).init_from(x, "kmeans", seed, data.mask, max_items=3000)
     run = fit(model, (x, data.mask), epochs=epochs, lr=1e-3, ratio=10, init=None, seed=seed, **schedule)
     return topics_of(model, x, data.mask), [_signs_of_levels(row) for row in run.history]
 
@@ -131,13 +131,13 @@ def trained_row(data: Posts, name: str, n_topics: int, seed: int, epochs: int, s
     return clustering_scores(data.labels, topics) | {"H1": last["entropy1"] / math.log(32), "H2": last["entropy2"] / math.log(n_topics), "tau1": last["tau1"], "tau2": last["tau2"],
                                                      "gap": max(row["gap"] for row in course), "topics_used": len(np.unique(topics)), "course": course, "topics_last": topics.tolist()}
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #c664a5e8
+# %% ../../nbs/experiments/07_hierarchy.ipynb #ae51fa78
 HELD = {f"T = {T:g} for both": (False, dict(temperature=Anneal(T, T, 1))) for T in (1.0,)} | {"tau per level": SETTINGS["tau per level, frozen projection"]}
 "One temperature for both levels, held, and the fix."
-OTHER_RANGES = {f"T from {a:g} to {b:g}": (True, dict(temperature=Anneal(a, b, 15, "exponential"))) for a, b in ((10, 1), (0.1, 0.01))}
-"The paper's setting with other values for the unknown ones."
+OTHERS = SETTINGS | {f"T from {a:g} to {b:g}": (True, dict(temperature=Anneal(a, b, 15, "exponential"))) for a, b in ((10, 1), (0.1, 0.01))}
+"Each setting, and the paper's with other values for the unknown temperatures."
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #df3bee3b
+# %% ../../nbs/experiments/07_hierarchy.ipynb #c8397df5
 VARIANTS = {"centroids, K=32": dict(n_first=32, pool="centroid"), "histogram, K=32": dict(n_first=32, pool="histogram"),
             "residuals, K=16": dict(n_first=16, pool="residual"), "residuals, K=32": dict(n_first=32, pool="residual")}
 "What level 1 passes on, and how many prototypes it has."
@@ -148,7 +148,7 @@ def annealed_hierarchy(x: Tensor, mask: Tensor, n_second: int, seed: int, *, n_f
     "Two levels placed one after the other, by cooling in tau unless another method is named; level 2 reads residual summaries on `width` of their axes."
     narrow = None if pool != "residual" else width
     model = HierarchicalDDCL(x.shape[-1], (n_first, n_second), pool=(pool, "histogram"), proto_dim=(None, narrow), n_heads=(1, n_heads), tau=0.02, grad="stop", chunk=chunk)
-    return model.init_from(x, method, seed, mask, max_items=8000).eval()
+    return model.init_from(x, method, seed, mask, max_items=3000).eval()
 
 
 def variant_topics(data: Posts, n_topics: int, seed: int, **variant) -> np.ndarray:
@@ -170,7 +170,7 @@ def agreement(rows: Sequence[dict], method: str) -> float:
     found = [np.array(row["topics"]) for row in rows if row["method"] == method and "topics" in row]
     return float(np.mean([ari(a, b) for a, b in combinations(found, 2)])) if len(found) > 1 else float("nan")
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #a5c35531
+# %% ../../nbs/experiments/07_hierarchy.ipynb #6225d9f1
 def probe_accuracy(a: Tensor, labels: np.ndarray, b: Tensor, test_labels: np.ndarray) -> float:
     "Test accuracy of a ridge classifier."
     from sklearn.linear_model import RidgeClassifierCV
@@ -201,7 +201,7 @@ def product_quantised(a: Tensor, b: Tensor, n_bytes: int, seed: int) -> list[Ten
 
 def token_histograms(train: Posts, test: Posts, n_prototypes: int, seed: int) -> tuple[list[Tensor], float]:
     "Roots of the shares that `decompress` gives, and mean bytes of a test post."
-    model = HierarchicalDDCL(train.x.shape[-1], (n_prototypes,), tau=0.02, grad="stop").init_from(train.x, "anneal" if n_prototypes <= 32 else "kmeans++", seed, train.mask, max_items=8000).eval()
+    model = HierarchicalDDCL(train.x.shape[-1], (n_prototypes,), tau=0.02, grad="stop").init_from(train.x, "anneal" if n_prototypes <= 32 else "kmeans++", seed, train.mask, max_items=3000).eval()
     codes = [model.compress(part.x, part.mask) for part in (train, test)]
     counts = [model.decompress(code)[:, 0].float() for code in codes]
     return [(c / c.sum(-1, keepdim=True).clamp_min(1)).sqrt() for c in counts], float(np.mean([len(code) for code in codes[1]]))
@@ -320,7 +320,7 @@ def long_row(name: str, train: Posts, test: Posts, n: int, seed: int) -> dict:
 
 ONE_VECTOR, CHUNKED = "mean of all tokens", {"hierarchy, 20 prototypes of chunks": 20, "hierarchy, 128 prototypes of chunks": 128}
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #d81b4a5b
+# %% ../../nbs/experiments/07_hierarchy.ipynb #692f22ce
 PAPERS_STACK, FIXED_STACK, MEANS = "paper's setting", "tau per level, frozen projection", ("k-means, mean of tokens", "k-means, mean of tokens, unit length")
 
 
@@ -352,20 +352,20 @@ def _parts(size: Profile, train: Posts, test: Posts, K: int) -> list[tuple[str, 
     longer = {f"{name}, {epochs} epochs": (name, epochs) for name in HELD for epochs in size.longer}
     return [("clusters", list(BASELINES), lambda name, seed: scored(BASELINES[name](train, K, seed))),
             ("clusters", list(VARIANTS), lambda name, seed: scored(variant_topics(train, K, seed, **VARIANTS[name]))),
-            ("clusters", list(SETTINGS), lambda name, seed: trained_row(train, name, K, seed, size.epochs)),
+            ("clusters", [PAPERS_STACK, FIXED_STACK], lambda name, seed: trained_row(train, name, K, seed, size.epochs)),
             ("bytes", list(codes), lambda name, seed: code_row(codes[name], train, test, seed)),
             ("long", [ONE_VECTOR, *CHUNKED], lambda name, seed: long_row(name, train, test, size.long, seed)),
-            ("ranges", list(OTHER_RANGES), lambda name, seed: trained_row(few, name, K, seed, size.epochs, OTHER_RANGES)),
+            ("ranges", list(OTHERS), lambda name, seed: trained_row(few, name, K, seed, size.epochs, OTHERS)),
             ("longer", list(longer), lambda name, seed: trained_row(few, longer[name][0], K, seed, longer[name][1], HELD))]
 
 
 def steps(profile: str, seeds: Sequence[int] | None = None) -> int:
     "How many rows a run measures, for its progress bar."
     size = PROFILES_OF_HIERARCHY[profile]
-    drawn = len(BASELINES) + len(VARIANTS) + len(SETTINGS) + len(HELD) * len(size.longer) + len(OTHER_RANGES) + 2 + 2 * len(size.codes) + 1 + len(CHUNKED)
+    drawn = len(BASELINES) + len(VARIANTS) + 2 + len(HELD) * len(size.longer) + len(OTHERS) + 2 + 2 * len(size.codes) + 1 + len(CHUNKED)
     return len(size.seeds if seeds is None else seeds) * drawn + len(SURE) + len(size.codes)
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #7d95130e
+# %% ../../nbs/experiments/07_hierarchy.ipynb #df12e858
 PAPER = {"acc": {"ours": 0.133, "kmeans": 0.351}, "nmi": {"ours": 0.093, "kmeans": 0.377}, "ari": {"ours": 0.016, "kmeans": 0.178}}
 "Table 6 of arXiv 2604.03850 (bert-base-uncased): the better of its two settings, and k-means on mean pooling."
 
@@ -397,8 +397,7 @@ def verdict(rows: Sequence[dict]) -> str:
     variant, means = chosen_variant(rows), max(MEANS, key=lambda method: mean("clusters", method, "acc"))
     gains = {name: mean("clusters", variant, name) - mean("clusters", means, name) for name in ("acc", "nmi", "ari")}
     reached = "reaches" if min(gains.values()) >= 0 else "does not reach"
-    same = [name for name in (PAPERS_STACK, *OTHER_RANGES)]
-    states = ", ".join(f"{mean('clusters' if name == PAPERS_STACK else 'ranges', name, 'H2'):.2f} at tau {mean('clusters' if name == PAPERS_STACK else 'ranges', name, 'tau2'):.2g} ({name})" for name in same)
+    states = ", ".join(f"{mean('ranges', name, 'H2'):.2f} at {mean('ranges', name, 'tau2'):.2g} ({name})" for name in OTHERS)
     held = sorted({row["method"] for row in rows if row["part"] == "longer"}, key=lambda m: (m.rsplit(", ", 1)[0], int(m.split()[-2])))
     courses = "; ".join(f"{m}: {mean('longer', m, 'H2'):.2f}" for m in held)
     return (f"Level-2 entropy over ln K at the end, with its own T / T_c: {states}. Held temperatures and lengths: {courses}. "
@@ -408,7 +407,7 @@ def verdict(rows: Sequence[dict]) -> str:
             f"Of the topics of a long document a probe finds {mean('long', 'hierarchy, 20 prototypes of chunks', 'found_by_probe'):.2f} from 20 shares of chunks and {mean('long', ONE_VECTOR, 'found_by_probe'):.2f} from the mean vector; "
             f"without labels {mean('long', 'hierarchy, 20 prototypes of chunks', 'found_without_labels'):.2f} and {mean('long', ONE_VECTOR, 'found_without_labels'):.2f}.")
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #f29f51e1
+# %% ../../nbs/experiments/07_hierarchy.ipynb #fb7a3f49
 def draw(result: Result, data: Posts, seed: int, out: str | Path) -> None:
     "Figures: both levels' curves and the t-SNE of Figure 5, level 2 against its own T_c, scores, codes, long documents."
     plots.use_style()
@@ -429,7 +428,7 @@ def figure_5_curves(result: Result):
     figure, axes = _subplots(len(SETTINGS), 4, figsize=(11, 2.3 * len(SETTINGS)), sharex=True)
     for line, name in zip(axes, SETTINGS):
         row = next(row for row in result.rows if row["method"] == name)
-        course = [{**r, "share1": r["entropy1"] / math.log(32), "share2": r["entropy2"] / math.log(len(set(next(q["topics"] for q in result.rows if "topics" in q))))} for r in row["course"]]
+        course = [{**r, "share1": r["entropy1"] / math.log(32), "share2": r["entropy2"] / math.log(N_TOPICS)} for r in row["course"]]
         for level, colour in ((1, plots.COLOURS[0]), (2, plots.COLOURS[1])):
             for ax, column in zip(line, ("share", "tau", "separation_mean")):
                 ax.plot([r["epoch"] for r in course], [r[f"{column}{level}"] for r in course], color=colour, label=f"level {level}")
@@ -478,7 +477,7 @@ def figure_level_2(result: Result):
 
 
 def figure_scores(result: Result):
-    methods = [*BASELINES, *SETTINGS, *VARIANTS]
+    methods = [*BASELINES, PAPERS_STACK, FIXED_STACK, *VARIANTS]
     figure, axes = _subplots(1, 3, figsize=(11, 0.32 * len(methods) + 0.8), sharey=True)
     for ax, (name, label) in zip(axes, (("acc", "ACC"), ("nmi", "NMI"), ("ari", "ARI"))):
         plots.bars({m: values_of(result.rows, "clusters", m, name) for m in methods}, ax, label)
