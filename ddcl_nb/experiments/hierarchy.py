@@ -31,14 +31,14 @@ from ..training import fit
 # %% auto #0
 __all__ = ['N_TOKENS', 'N_AXES', 'N_TOPICS', 'PROFILES_OF_HIERARCHY', 'EVERY_POST', 'SETTINGS', 'HELD', 'OTHERS', 'VARIANTS',
            'BASELINES', 'PIECES', 'ASKED', 'CHUNK', 'ONE_VECTOR', 'CHUNKED', 'PAPERS_STACK', 'FIXED_STACK', 'MEANS',
-           'SURE', 'PAPER', 'EXPERIMENT', 'Profile', 'Posts', 'posts', 'two_levels', 'topics_of', 'trained_row',
-           'annealed_hierarchy', 'variant_topics', 'agreement', 'probe_accuracy', 'principal', 'product_quantised',
-           'token_histograms', 'product_codes', 'codes_of', 'code_row', 'LongDocuments', 'long_documents',
-           'found_by_probe', 'by_one_vector', 'by_chunks', 'long_row', 'run', 'steps', 'values_of', 'chosen_variant',
-           'table', 'verdict', 'draw', 'figure_5_curves', 'figure_5_map', 'figure_level_2', 'figure_scores',
-           'figure_codes', 'figure_long']
+           'SURE', 'PAPER', 'EXPERIMENT', 'Profile', 'Posts', 'gathered', 'posts', 'two_levels', 'topics_of',
+           'trained_row', 'annealed_hierarchy', 'variant_topics', 'agreement', 'probe_accuracy', 'principal',
+           'product_quantised', 'token_histograms', 'product_codes', 'codes_of', 'code_row', 'LongDocuments',
+           'long_documents', 'found_by_probe', 'by_one_vector', 'by_chunks', 'long_row', 'run', 'steps', 'values_of',
+           'chosen_variant', 'table', 'verdict', 'draw', 'figure_5_curves', 'figure_5_map', 'figure_level_2',
+           'figure_scores', 'figure_codes', 'figure_long']
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #a0473dfe
+# %% ../../nbs/experiments/07_hierarchy.ipynb #e44b0161
 N_TOKENS, N_AXES, N_TOPICS = 64, 128, 20
 
 
@@ -82,17 +82,24 @@ def _on_axes(raw: Tensor, mask: Tensor, centre: Tensor, axes: Tensor) -> Tensor:
     return torch.cat([without_padding((x.float() - centre) @ axes, m) for x, m in zip(raw.split(256), mask.split(256))])
 
 
+def gathered(parts: Sequence[tuple[Tensor, Tensor, np.ndarray]]) -> list[Posts]:
+    "Posts from tokens, masks and labels of each part, on the principal axes of the first one's tokens."
+    raw, mask, _ = parts[0]
+    some = raw[::max(1, len(raw) // 2000)].float()[mask[::max(1, len(raw) // 2000)]]
+    centre = some.mean(0)
+    axes = torch.linalg.eigh((some - centre).mT @ (some - centre))[1].flip(-1)[:, :N_AXES]
+    return [Posts(raw, _on_axes(raw, mask, centre, axes), mask, labels) for raw, mask, labels in parts]
+
+
 @lru_cache(maxsize=1)
 def posts(reading: str, n_train: int | None, n_test: int | None) -> tuple[Posts, Posts, str]:
     "Training and test posts, an even draw of so many, and what they are."
     size = text_readout.SIZES[reading]
     *parts, data = text_readout.embedded(size)
     chosen = [torch.randperm(len(part.labels), generator=torch.Generator().manual_seed(0))[:n] for part, n in zip(parts, (n_train, n_test))]
-    raw, masks = ([getattr(part.tokens, name)[rows, :N_TOKENS] for part, rows in zip(parts, chosen)] for name in ("embeddings", "mask"))
-    some = raw[0][::max(1, len(raw[0]) // 2000)].float()[masks[0][::max(1, len(raw[0]) // 2000)]]
-    centre, axes = some.mean(0), torch.linalg.eigh((some - some.mean(0)).mT @ (some - some.mean(0)))[1].flip(-1)[:, :N_AXES]
-    built = [Posts(r, _on_axes(r, m, centre, axes), m, part.labels[rows.numpy()]) for r, m, part, rows in zip(raw, masks, parts, chosen)]
-    return *built, f"{data.name}: {len(raw[0])} training and {len(raw[1])} test documents, {data.source}; offline encoder, first {N_TOKENS} of up to {size.max_length} tokens"
+    built = gathered([(part.tokens.embeddings[rows, :N_TOKENS], part.tokens.mask[rows, :N_TOKENS], part.labels[rows.numpy()]) for part, rows in zip(parts, chosen)])
+    return *built, (f"{data.name}: {len(chosen[0])} training and {len(chosen[1])} test documents, {data.source}; offline encoder, "
+                    f"first {N_TOKENS} of up to {size.max_length} tokens")
 
 # %% ../../nbs/experiments/07_hierarchy.ipynb #31b4246a
 SETTINGS = {"paper's setting": (True, dict(temperature=Anneal(1.0, 0.1, 15, "exponential"))),
@@ -137,17 +144,17 @@ HELD = {f"T = {T:g} for both": (False, dict(temperature=Anneal(T, T, 1))) for T 
 OTHERS = SETTINGS | {f"T from {a:g} to {b:g}": (True, dict(temperature=Anneal(a, b, 15, "exponential"))) for a, b in ((10, 1), (0.1, 0.01))}
 "Each setting, and the paper's with other values for the unknown temperatures."
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #c8397df5
+# %% ../../nbs/experiments/07_hierarchy.ipynb #ba0b3c6c
 VARIANTS = {"centroids, K=32": dict(n_first=32, pool="centroid"), "histogram, K=32": dict(n_first=32, pool="histogram"),
             "residuals, K=16": dict(n_first=16, pool="residual"), "residuals, K=32": dict(n_first=32, pool="residual")}
 "What level 1 passes on, and how many prototypes it has."
 
 
 def annealed_hierarchy(x: Tensor, mask: Tensor, n_second: int, seed: int, *, n_first: int, pool: str, width: int = 100, n_heads: int = 1,
-                       chunk: int | None = None, method: str = "anneal") -> HierarchicalDDCL:
+                       chunk: int | None = None, method: str = "anneal", top: str = "histogram") -> HierarchicalDDCL:
     "Two levels placed one after the other, by cooling in tau unless another method is named; level 2 reads residual summaries on `width` of their axes."
     narrow = None if pool != "residual" else width
-    model = HierarchicalDDCL(x.shape[-1], (n_first, n_second), pool=(pool, "histogram"), proto_dim=(None, narrow), n_heads=(1, n_heads), tau=0.02, grad="stop", chunk=chunk)
+    model = HierarchicalDDCL(x.shape[-1], (n_first, n_second), pool=(pool, top), proto_dim=(None, narrow), n_heads=(1, n_heads), tau=0.02, grad="stop", chunk=chunk)
     return model.init_from(x, method, seed, mask, max_items=3000).eval()
 
 
@@ -287,7 +294,7 @@ def _names(labels: np.ndarray, clusters: np.ndarray, n_clusters: int) -> np.ndar
     names[clusters] = np.where(matched <= labels.max(), matched, -1)
     return names
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #7281ff97
+# %% ../../nbs/experiments/07_hierarchy.ipynb #29108350
 def by_one_vector(train: Posts, test: Posts, docs: Sequence[LongDocuments], seed: int) -> dict:
     "The mean token of a long document."
     from sklearn.cluster import KMeans
@@ -299,13 +306,14 @@ def by_one_vector(train: Posts, test: Posts, docs: Sequence[LongDocuments], seed
     return {"found_by_probe": found_by_probe(a, docs[0].topics, b, docs[1].topics), "found_without_labels": _share(names[nearest], docs[1].topics), "bytes": 4.0 * a.shape[1]}
 
 
-def by_chunks(train: Posts, docs: Sequence[LongDocuments], n_second: int, seed: int) -> dict:
-    "Level 2 assigns chunks; a document is the histogram of its chunks' soft assignments."
-    model = annealed_hierarchy(docs[0].x, docs[0].mask, n_second, seed, n_first=32, pool="residual", chunk=CHUNK)
+def by_chunks(train: Posts, docs: Sequence[LongDocuments], n_second: int, top: str, seed: int) -> dict:
+    "Level 2 assigns chunks; a document is the histogram of its chunks' soft assignments, or their residuals."
+    model = annealed_hierarchy(docs[0].x, docs[0].mask, n_second, seed, n_first=16, pool="residual", chunk=CHUNK, top=top)
     model.levels[1].bank.set_tau(0.05)
     a, b = (torch.cat([model(x, m).output for x, m in zip(d.x.split(128), d.mask.split(128))]).detach() for d in docs)
-    row = {"found_by_probe": found_by_probe(a.sqrt(), docs[0].topics, b.sqrt(), docs[1].topics), "bytes": 4.0 * n_second}
-    if n_second != N_TOPICS:
+    root = torch.sqrt if top == "histogram" else torch.clone
+    row = {"found_by_probe": found_by_probe(root(a), docs[0].topics, root(b), docs[1].topics), "bytes": 4.0 * a.shape[1]}
+    if n_second != N_TOPICS or top != "histogram":
         return row
     single, count = topics_of(model, train.x, train.mask), model.decompress(model.compress(docs[1].x, docs[1].mask, level=1), level=1)[:, 0]
     most, names = count.topk(ASKED, -1), _names(np.repeat(train.labels, single.shape[1])[(single >= 0).ravel()], single[single >= 0], n_second)
@@ -315,10 +323,12 @@ def by_chunks(train: Posts, docs: Sequence[LongDocuments], n_second: int, seed: 
 
 def long_row(name: str, train: Posts, test: Posts, n: int, seed: int) -> dict:
     docs = long_documents(train, n, seed), long_documents(test, n // 2, seed + 1000)
-    return by_one_vector(train, test, docs, seed) if name == ONE_VECTOR else by_chunks(train, docs, CHUNKED[name], seed)
+    return by_one_vector(train, test, docs, seed) if name == ONE_VECTOR else by_chunks(train, docs, *CHUNKED[name], seed)
 
 
-ONE_VECTOR, CHUNKED = "mean of all tokens", {"hierarchy, 20 prototypes of chunks": 20, "hierarchy, 128 prototypes of chunks": 128}
+ONE_VECTOR = "mean of all tokens"
+CHUNKED = {"hierarchy, 20 prototypes of chunks": (20, "histogram"), "hierarchy, 128 prototypes of chunks": (128, "histogram"), "hierarchy, residuals of chunks": (20, "residual")}
+"How many prototypes of chunks, and what a document is above them."
 
 # %% ../../nbs/experiments/07_hierarchy.ipynb #692f22ce
 PAPERS_STACK, FIXED_STACK, MEANS = "paper's setting", "tau per level, frozen projection", ("k-means, mean of tokens", "k-means, mean of tokens, unit length")
@@ -407,7 +417,7 @@ def verdict(rows: Sequence[dict]) -> str:
             f"Of the topics of a long document a probe finds {mean('long', 'hierarchy, 20 prototypes of chunks', 'found_by_probe'):.2f} from 20 shares of chunks and {mean('long', ONE_VECTOR, 'found_by_probe'):.2f} from the mean vector; "
             f"without labels {mean('long', 'hierarchy, 20 prototypes of chunks', 'found_without_labels'):.2f} and {mean('long', ONE_VECTOR, 'found_without_labels'):.2f}.")
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #fb7a3f49
+# %% ../../nbs/experiments/07_hierarchy.ipynb #d811b5b5
 def draw(result: Result, data: Posts, seed: int, out: str | Path) -> None:
     "Figures: both levels' curves and the t-SNE of Figure 5, level 2 against its own T_c, scores, codes, long documents."
     plots.use_style()
@@ -471,7 +481,9 @@ def figure_level_2(result: Result):
             ax.semilogx([row["tau2"] for row in own], [row["H2"] for row in own], "o", ms=6, color=plots.COLOURS[i], mfc="none" if epochs == lengths[0] else plots.COLOURS[i],
                         label=f"{name}, {epochs} epochs")
     ax.axvline(1, color="0.3", lw=1, ls=":")
-    ax.set(xlabel=r"$\tau$ of level 2 at the end", ylabel=r"$H / \ln K$ of level 2", ylim=(0, 1.05))
+    ax.set_xticks((0.03, 0.1, 0.3, 1, 3, 10), ("0.03", "0.1", "0.3", "1", "3", "10"))
+    ax.set_xticks((), minor=True)
+    ax.set(xlabel=r"$\tau$ of level 2 at the end", ylabel=r"$H / \ln K$ of level 2", ylim=(0, 1.05), xlim=(0.02, 15))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure
 
