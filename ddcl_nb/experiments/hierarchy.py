@@ -30,7 +30,7 @@ from ..training import fit
 
 # %% auto #0
 __all__ = ['N_TOKENS', 'N_AXES', 'N_TOPICS', 'PROFILES_OF_HIERARCHY', 'EVERY_POST', 'SETTINGS', 'HELD', 'OTHERS', 'VARIANTS',
-           'OURS', 'BASELINES', 'PIECES', 'ASKED', 'CHUNK', 'ONE_VECTOR', 'CHUNKED', 'PAPERS_STACK', 'FIXED_STACK',
+           'OURS', 'BASELINES', 'POSTS_EACH', 'ASKED', 'CHUNK', 'ONE_VECTOR', 'CHUNKED', 'PAPERS_STACK', 'FIXED_STACK',
            'MEANS', 'SURE', 'PAPER', 'EXPERIMENT', 'Profile', 'Posts', 'gathered', 'posts', 'two_levels', 'topics_of',
            'trained_row', 'annealed_hierarchy', 'variant_topics', 'agreement', 'probe_accuracy', 'principal',
            'product_quantised', 'token_histograms', 'product_codes', 'codes_of', 'code_row', 'LongDocuments',
@@ -242,8 +242,8 @@ def code_row(code: Callable, train: Posts, test: Posts, seed: int) -> dict:
     (a, b), n_bytes = code(seed)
     return {"bytes": n_bytes, "width": a.shape[1], "test_acc": probe_accuracy(a, train.labels, b, test.labels)}
 
-# %% ../../nbs/experiments/07_hierarchy.ipynb #0c854efc
-PIECES, ASKED, CHUNK = 2, 3, 48
+# %% ../../nbs/experiments/07_hierarchy.ipynb #aba38d76
+POSTS_EACH, ASKED, CHUNK = 2, 3, 48
 
 
 @dataclass(frozen=True)
@@ -256,11 +256,11 @@ class LongDocuments:
 
 
 def long_documents(data: Posts, n: int, seed: int) -> LongDocuments:
-    "Documents of `ASKED` topics, `PIECES` posts each, drawn with replacement."
+    "Documents of `ASKED` topics, `POSTS_EACH` posts each, drawn with replacement."
     rng, classes = np.random.default_rng(seed), np.unique(data.labels)
     members = {c: np.flatnonzero(data.labels == c) for c in classes}
     chosen = np.stack([rng.choice(classes, ASKED, replace=False) for _ in range(n)])
-    of = np.stack([np.concatenate([rng.choice(members[c], PIECES) for c in row]) for row in chosen])
+    of = np.stack([np.concatenate([rng.choice(members[c], POSTS_EACH) for c in row]) for row in chosen])
     keep = data.mask[of].flatten(1)
     order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, :int(keep.sum(1).max())]
     x = torch.stack([data.x[row].flatten(0, 1)[o] for row, o in zip(of, order)])
