@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from .assign import DDCLOutput
+from .hierarchy import HierarchyOutput
 from .layers import LayerOutput, token_mean
 
 # %% auto #0
 __all__ = ['ddcl_loss', 'repulsion', 'variance_floor', 'decorrelation', 'reconstruction', 'on_sphere']
 
 # %% ../nbs/library/04_losses.ipynb #545a6ff8
-def ddcl_loss(output: DDCLOutput | LayerOutput,  # what `ddcl`, a bank or a layer returned
+def ddcl_loss(output: DDCLOutput | LayerOutput | HierarchyOutput,  # what `ddcl`, a bank or a layer returned
               mask: Tensor | None = None,  # `(..., N)`, the mask that the call had
               n_heads: int = 1) -> Tensor:  # `()`, squared units of the tokens
-    "`L_q` averaged over the tokens that count and summed over heads. A layer's output carries it already."
-    return output.loss if isinstance(output, LayerOutput) else token_mean(output.loss, mask, n_heads)
+    "`L_q` averaged over the tokens that count and summed over heads. The output of a layer or of a hierarchy carries it already."
+    return output.loss if isinstance(output, (LayerOutput, HierarchyOutput)) else token_mean(output.loss, mask, n_heads)
 
 # %% ../nbs/library/04_losses.ipynb #1f500f17
 def repulsion(prototypes: Tensor,  # `(K, m)` or `(H, K, m)`
