@@ -271,7 +271,7 @@ def figure_1(data: DataSet, x: Tensor, bank: PrototypeBank):
 def figure_scores(result: Result):
     names = list(dict.fromkeys(row["data"] for row in result.rows))
     many = [grouped(base, N_PROTOTYPES, second) for base in BANKS for second in SECOND_STEPS]
-    methods = [PAPERS, *METHODS, *(m for m in many if any(row["method"] == m for row in result.rows))]
+    methods = [PAPERS, *(m for m in METHODS if METHODS[m] is not estimator), *(m for m in many if any(row["method"] == m for row in result.rows))]
     figure, panels = _figure(len(names), 2, figsize=(9.5, 0.27 * len(methods) * len(names) + 1), squeeze=False, sharex=True, sharey=True)
     for line, data in zip(panels, names):
         for ax, measure, label in zip(line, ("acc", "recall"), ("ACC", "mean recall of the regimes")):
