@@ -8,6 +8,7 @@ Docs: https://ddcl-nb.github.io/ddcl_nb/library/cli.html.md"""
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from ddcl_nb.experiments.registry import Experiment, Result
 
 # %% auto #0
-__all__ = ['app', 'DataFile', 'ModelFolder', 'EncoderOption', 'SkipOption', 'JsonOption', 'DebugOption', 'SUITES', 'ddcl_command',
-           'main', 'fail', 'words', 'one_line', 'show', 'get_data', 'data_command', 'seeds_of', 'chosen',
-           'checked_profile', 'writable', 'data_of', 'data_line', 'say_data', 'Reproduction', 'finished',
-           'note_finished', 'forget', 'left_over', 'run_one', 'run_all', 'with_earlier', 'list_experiments',
+__all__ = ['app', 'DataFile', 'ModelFolder', 'EncoderOption', 'EncodingOption', 'SkipOption', 'JsonOption', 'DebugOption',
+           'SUITES', 'ddcl_command', 'main', 'fail', 'words', 'one_line', 'show', 'get_data', 'data_command',
+           'seeds_of', 'chosen', 'checked_profile', 'writable', 'data_of', 'data_line', 'say_data', 'Reproduction',
+           'finished', 'note_finished', 'forget', 'left_over', 'run_one', 'run_all', 'with_earlier', 'list_experiments',
            'say_comparison', 'interruptible', 'carry_out', 'reproduce_command', 'telling', 'clusters_asked', 'plain',
            'example_words', 'nearest_to_prototypes', 'say_clusters', 'fit_facts', 'fit_command', 'predict_command',
            'the_row', 'heat', 'say_why', 'say_evidence', 'explain_command', 'doctor_command', 'counted',
@@ -216,14 +217,15 @@ def _json(path: Path) -> dict:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return kept if isinstance(kept, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
 def finished(plan: Reproduction) -> list[str]:
     "Names of the experiments that an interrupted call with the same seeds has finished."
     kept = _json(plan.finished_file)
-    return [name for name in kept.get("finished", ()) if plan.result_file(name).exists()] if kept.get("call") == plan.call else []
+    names = kept.get("finished") if kept.get("call") == plan.call else None
+    return [name for name in names if isinstance(name, str) and name.isidentifier() and len(name) < 100 and plan.result_file(name).exists()] if isinstance(names, list) else []
 
 
 def note_finished(plan: Reproduction, name: str) -> None:
@@ -385,22 +387,32 @@ def plain(text: str, width: int = 0) -> str:
 def example_words(example: dict, width: int = 60) -> str:
     "An example kept with a model, in words."
     if "text" in example:
-        return plain(example["text"], width) or "(empty)"
+        return plain(re.sub(r"([^\w\s])\1{3,}", r"\1\1\1", example["text"]), width) or "(empty)"
     return plain(", ".join(f"{name} {value:.4g}" for name, value in example["values"].items()), width)
 
 # %% ../nbs/library/12_cli.ipynb #c49e3bba
 DataFile = Annotated[Path, typer.Argument(metavar="DATA", help="CSV, TSV, JSON lines, Parquet, .npy, or a folder of text files.", show_default=False)]
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="The folder that `ddcl fit` wrote.", show_default=False)]
 EncoderOption = Annotated[Optional[str], typer.Option("--encoder", metavar="NAME", help="Encoder of the texts, if the model was fitted with another one than the built-in.", show_default=False)]
+EncodingOption = Annotated[Optional[str], typer.Option("--encoding", metavar="NAME", help="Encoding of text that is not Unicode, such as cp1252 or latin-1. [default: UTF-8, or as the file's mark says]", show_default=False)]
 SkipOption = Annotated[bool, typer.Option("--skip-missing", help="Leave out rows that lack a number.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs: one JSON object on standard output.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def nearest_to_prototypes(model) -> list[str]:
-    "For each cluster the example nearest to its centre, in words."
-    from ddcl_nb.examine import nearest_examples
-    return [example_words(nearest_examples(model, centre, 1)[0]) for centre in model.clusterer.cluster_centers_]
+    "For each cluster its own example nearest to its centre, in words."
+    import numpy as np
+
+    from ddcl_nb.examine import _in_words
+    from ddcl_nb.fitted import assign_rows
+    kept, found = model.training, []
+    labels = assign_rows(model.clusterer, kept.vectors)[0]
+    for k, centre in enumerate(model.clusterer.cluster_centers_):
+        own = np.flatnonzero(labels == k)
+        i = own[np.square(kept.vectors[own] - centre).sum(-1).argmin()] if len(own) else None
+        found.append("(none was kept)" if i is None else example_words({"text": kept.texts[i]} if kept.texts else {"values": _in_words(model, kept.vectors[i])}))
+    return found
 
 
 def say_clusters(model) -> None:
@@ -430,14 +442,14 @@ def fit_command(
         seed: Annotated[int, typer.Option(help="Draws the sample of large data.")] = 0,
         prototypes: Annotated[Optional[int], typer.Option(metavar="N", help="More prototypes than clusters: a tree merges them.", show_default=False)] = None,
         tau: Annotated[Optional[float], typer.Option(help="Reduced temperature, from 0 to 1, of soft clusters. [default: hard clusters]", show_default=False)] = None,
-        skip_missing: SkipOption = False,
+        encoding: EncodingOption = None, skip_missing: SkipOption = False,
         replace: Annotated[bool, typer.Option("--replace", help="Replace the result of another fit.")] = False,
         as_json: JsonOption = False, debug: DebugOption = False) -> None:
     "Cluster a file of any size: model, assignments and an interactive report.html. Stop at any time; the same command goes on."
     clusters, start = clusters_asked(k), time.perf_counter()
     with telling(debug, "The same command goes on from there."):
         from ddcl_nb.fitted import FitPlan, fit_model
-        plan = FitPlan(data, out, clusters, tuple(column or ()), id_column, scale, encoder, max_length, seed, prototypes, tau, skip_missing)
+        plan = FitPlan(data, out, clusters, tuple(column or ()), id_column, scale, encoder, max_length, seed, prototypes, tau, skip_missing, encoding)
         model = fit_model(plan, replace=replace, say=lambda line: typer.echo(plain(line), err=as_json))
         if as_json:
             return typer.echo(json.dumps(fit_facts(model)))
@@ -454,14 +466,14 @@ def predict_command(
         model: ModelFolder, data: DataFile,
         out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write row, label, probability, distance: a name that ends in .parquet or .csv.")],
         id_column: Annotated[Optional[str], typer.Option("--id", metavar="NAME", help="Column whose values name the rows.", show_default=False)] = None,
-        encoder: EncoderOption = None, skip_missing: SkipOption = False, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+        encoder: EncoderOption = None, encoding: EncodingOption = None, skip_missing: SkipOption = False, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     "Assign the rows of a file of any size to the clusters of a model."
     with telling(debug, "Nothing was written."):
         from ddcl_nb.fitted import FittedModel, write_assignments
         if out.suffix not in (".parquet", ".csv") or out.is_dir() or out.resolve() == data.resolve():
             fail(f"--out: a new file whose name ends in .parquet or .csv; got {str(out)!r}", 2)
         fitted = FittedModel.load(model)
-        source, embedder = fitted.open(data, id_column), fitted.embedder(encoder)
+        source, embedder = fitted.open(data, id_column, encoding), fitted.embedder(encoder)
         with_ids = bool(id_column) or source.kind == "folder"
         counts, inertia = write_assignments(out, fitted.clusterer, fitted.blocks(source, embedder, skip_missing), with_ids, total=source.length)
         if as_json:
@@ -471,7 +483,7 @@ def predict_command(
         typer.echo(f"\nResult: {out} ({counts.sum():,} rows)")
 
 # %% ../nbs/library/12_cli.ipynb #9dc28004
-def the_row(fitted, data: Path | None, row: int | None, text: str | None, embedder):
+def the_row(fitted, data: Path | None, row: int | None, text: str | None, embedder, encoding: str | None = None):
     "One row, from a file or as a text, with its vector. Errors: `BadChoice`."
     import numpy as np
 
@@ -482,7 +494,7 @@ def the_row(fitted, data: Path | None, row: int | None, text: str | None, embedd
         if not fitted.reads.text:
             raise BadChoice(f"--text: the model {fitted.folder.name!r} reads numbers; give DATA and --row")
         return Block(np.array([0]), embedder.vectors([text]), [text])
-    for block in fitted.open(data).blocks(skip_missing=True):
+    for block in fitted.open(data, encoding=encoding).blocks(skip_missing=True):
         if len(found := np.flatnonzero(block.rows == row)):
             i, texts = found[0], block.texts
             part = Block(block.rows[[i]], None if texts else fitted.reads.scaled(block.values[[i]]), texts and [texts[i]], block.ids and [block.ids[i]])
@@ -532,25 +544,25 @@ def explain_command(
         data: Annotated[Optional[Path], typer.Argument(metavar="[DATA]", help="The file that holds the row.", show_default=False)] = None,
         row: Annotated[Optional[int], typer.Option(min=0, help="Number of the row, counted from 0.", show_default=False)] = None,
         text: Annotated[Optional[str], typer.Option(help="A text instead of a row.", show_default=False)] = None,
-        encoder: EncoderOption = None, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+        encoder: EncoderOption = None, encoding: EncodingOption = None, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     "Why does this row belong to its cluster? Shares, nearest examples, and what each word or column says."
     with telling(debug, "Nothing was changed."):
         from ddcl_nb.examine import explain_row
         from ddcl_nb.fitted import FittedModel
         fitted = FittedModel.load(model)
         embedder = fitted.embedder(encoder)
-        why = explain_row(fitted, the_row(fitted, data, row, text, embedder), embedder=embedder)
+        why = explain_row(fitted, the_row(fitted, data, row, text, embedder, encoding), embedder=embedder)
         typer.echo(json.dumps(why)) if as_json else say_why(why)
 
 # %% ../nbs/library/12_cli.ipynb #37dbd181
 @app.command("doctor")
-def doctor_command(model: ModelFolder, data: DataFile, encoder: EncoderOption = None, skip_missing: SkipOption = False, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def doctor_command(model: ModelFolder, data: DataFile, encoder: EncoderOption = None, encoding: EncodingOption = None, skip_missing: SkipOption = False, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     "Does a model suit these data? Temperature, drift against the training data, stability, and a verdict in plain words."
     with telling(debug, "Nothing was changed."):
         from ddcl_nb.examine import examine
         from ddcl_nb.fitted import FittedModel
         fitted = FittedModel.load(model)
-        source = fitted.open(data)
+        source = fitted.open(data, encoding=encoding)
         with_progress = counted(fitted.blocks(source, fitted.embedder(encoder), skip_missing), "examining", source.length)
         facts = examine(fitted, with_progress)
         typer.echo(json.dumps(facts)) if as_json else say_examination(facts)

@@ -10,20 +10,23 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from .assign import DDCLOutput, NonFiniteInput, decompose
-from .bank import PrototypeBank, split_heads
+from .bank import PrototypeBank, following_together, split_heads
+from .distributed import Processes, own_part, processes, unwrap
 from .hierarchy import HierarchyOutput
 from .layers import LayerOutput, PrototypeBottleneck, token_mean, without_padding
 from .losses import decorrelation, on_sphere, reconstruction, repulsion, variance_floor
@@ -34,13 +37,14 @@ from .temperature import Anneal
 
 # %% auto #0
 __all__ = ['TOKENS_CHECKED', 'ANCHORS', 'ANCHOR_SETTINGS', 'banks', 'param_groups', 'DecompositionError', 'check_decomposition',
-           'Diagnostics', 'TensorBatches', 'bank_loss', 'initialise', 'Seen', 'Anchored', 'anchor_settings',
-           'NonFiniteLoss', 'FitResult', 'Plan', 'fit']
+           'Diagnostics', 'TensorBatches', 'bank_loss', 'OwnRows', 'OwnBatches', 'read_together', 'Mean', 'terms_of',
+           'add_gradients', 'same_start', 'following', 'same_run', 'refuse_sharded', 'initialise', 'Seen', 'Anchored',
+           'anchor_settings', 'NonFiniteLoss', 'FitResult', 'Plan', 'fit']
 
 # %% ../nbs/library/06_training.ipynb #5ec90a47
 def banks(model: nn.Module) -> dict[str, PrototypeBank]:
-    "The prototype banks inside a model, by their dotted name (empty for a bare bank)."
-    return {name: module for name, module in model.named_modules() if isinstance(module, PrototypeBank)}
+    "The prototype banks inside a model, by their dotted name (empty for a bare bank). A `DistributedDataParallel` around it adds nothing to the names."
+    return {name: module for name, module in unwrap(model).named_modules() if isinstance(module, PrototypeBank)}
 
 
 def param_groups(model: nn.Module, lr: float = 1e-3, ratio: float = 10.0) -> list[dict]:
@@ -94,6 +98,7 @@ class Diagnostics:
 
     def __init__(self, model: nn.Module):
         self.banks = banks(model)
+        self.counting = True  # set to false for batches that are not to count
         self._hooks: list = []
 
     def __enter__(self) -> Diagnostics:
@@ -114,6 +119,8 @@ class Diagnostics:
 
     @torch.no_grad()
     def _observe(self, name: str, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: DDCLOutput) -> None:
+        if not self.counting:
+            return
         if name not in self.gaps and output.loss.isfinite().all():
             self.gaps[name] = check_decomposition(bank, tokens, mask, output)
         values = torch.stack([getattr(output, column) for column in self.SUMS], -1).double()
@@ -123,6 +130,14 @@ class Diagnostics:
         self.sums[name] += values.movedim(-3, 0).flatten(1, -2).sum(1).cpu()
         for counts, index in zip(self.counts[name], indices.movedim(-2, 0).cpu()):
             counts += torch.from_numpy(usage_counts(index, bank.n_prototypes))
+
+    def add_up(self, among: Processes) -> Diagnostics:
+        "Make the sums of all processes' tokens everyone's; returns itself."
+        for name in self.banks:
+            self.sums[name], self.counts[name] = among.sum(self.sums[name], "diagnostics"), among.sum(self.counts[name], "diagnostics")
+            gap = among.max(torch.tensor(self.gaps.get(name, -1.0), dtype=torch.float64), "diagnostics")
+            self.gaps |= {name: float(gap)} if gap >= 0 else {}
+        return self
 
     def row(self) -> dict[str, float]:
         "The columns of this epoch; see the class."
@@ -158,9 +173,15 @@ class TensorBatches:
     def __len__(self) -> int:
         return math.ceil(len(self.tensors[0]) / self.batch_size)
 
+    def rows(self) -> Iterator[Tensor]:
+        "The rows of each batch, drawn anew for each walk."
+        yield from torch.randperm(len(self.tensors[0])).split(self.batch_size)
+
+    def take(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t[rows.to(t.device)] for t in self.tensors)
+
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for rows in torch.randperm(len(self.tensors[0])).split(self.batch_size):
-            yield tuple(t[rows.to(t.device)] for t in self.tensors)
+        yield from map(self.take, self.rows())
 
 
 def _loader(data, batch_size: int) -> Iterable:
@@ -190,10 +211,162 @@ def bank_loss(model: nn.Module, tokens: Tensor, mask: Tensor | None = None, *res
         return token_mean(out.loss, mask, next(iter(banks(model).values())).n_heads)
     raise TypeError(f"the model returned {type(out).__name__}, not a LayerOutput, HierarchyOutput or DDCLOutput: give fit a loss(model, *batch)")
 
+# %% ../nbs/library/06_training.ipynb #1993b277
+class OwnRows:
+    "Batches of indices, cut to the part of this process; `present` remembers which of them were not empty."
+
+    def __init__(self, batches: Iterable, among: Processes):
+        self.batches, self.among, self.present = batches, among, deque()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in self.batches:
+            mine = list(rows)[own_part(len(rows), self.among)]
+            self.present.append(bool(mine))
+            yield mine or list(rows)[:1]
+
+
+class OwnBatches:
+    "The batches of a loader as this process sees them, in one walk; sets `among.present`."
+
+    def __init__(self, loader: Iterable, among: Processes, epoch: int):
+        self.loader, self.among = loader, among
+        if among.size > 1 and isinstance(sampler := getattr(loader, "sampler", None), DistributedSampler):
+            sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator:
+        if self.among.size == 1 or _is_divided(self.loader):
+            yield from self.loader
+        elif isinstance(self.loader, TensorBatches):
+            rows = OwnRows(self.loader.rows(), self.among)
+            yield from self._present(map(self.loader.take, map(torch.as_tensor, rows)), rows)
+        elif isinstance(self.loader, DataLoader) and self.loader.batch_sampler is not None and not isinstance(self.loader.dataset, IterableDataset):
+            rows = OwnRows(self.loader.batch_sampler, self.among)
+            yield from self._present(_over(self.loader, rows), rows)
+        else:
+            yield from map(self._cut, self.loader)
+        self.among.present = True
+
+    def _present(self, batches: Iterable, rows: OwnRows) -> Iterator:
+        for batch in batches:
+            self.among.present = rows.present.popleft()
+            yield batch
+
+    def _cut(self, batch):
+        "Rows of this process of every tensor or list as long as the first tensor."
+        parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+        n = len(next(x for x in parts if isinstance(x, Tensor)))
+        part = own_part(n, self.among)
+        self.among.present = part.start < part.stop
+        rows = part if self.among.present else slice(0, 1)
+        return tuple(x[rows] if isinstance(x, (Tensor, tuple, list)) and len(x) == n else x for x in parts)
+
+
+def read_together(batches: Iterable, among: Processes) -> Iterator:
+    "Batches one by one; an error while reading, or an end that comes earlier in one process than in others, is an error in all."
+    walk, end = iter(batches), object()
+    while True:
+        with among.together("reading a batch"):
+            batch = next(walk, end)
+        if batch is end:
+            break
+        yield batch
+    with among.together("the end of the data"):
+        pass
+
+
+def _is_divided(loader: Iterable) -> bool:
+    "Has somebody given each process its own rows already (torch's `DistributedSampler`, or accelerate's `prepare`)?"
+    return isinstance(getattr(loader, "sampler", None), DistributedSampler) or type(getattr(loader, "batch_sampler", None)).__name__ == "BatchSamplerShard"
+
+
+def _over(loader: DataLoader, batch_sampler: Iterable) -> DataLoader:
+    "The same loader over other batches."
+    kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator", "prefetch_factor")
+    return DataLoader(loader.dataset, batch_sampler=batch_sampler, **{name: getattr(loader, name) for name in kept})
+
+# %% ../nbs/library/06_training.ipynb #8688cc41
+class Mean(NamedTuple):
+    "A term of a loss that is a mean, and over how many."
+    value: Tensor  # ()
+    count: float | Tensor
+
+
+def terms_of(loss: Callable, value: Tensor | Sequence[Mean], batch: Sequence) -> list[Mean]:
+    "The terms of a loss: as it gave them, or its one value with the number of tokens that count (`bank_loss`) or of rows."
+    if not isinstance(value, Tensor):
+        return list(value)
+    tokens, mask = batch[0], batch[1] if len(batch) > 1 else None
+    if loss is bank_loss and mask is not None:
+        return [Mean(value, int(mask.count_nonzero()))]
+    return [Mean(value, len(tokens) if hasattr(tokens, "__len__") else 1)]
+
+
+def add_gradients(parameters: Sequence[Tensor], among: Processes, numbers: int = 2**23) -> None:
+    "Replace gradients by their sums over processes, in buckets of so many numbers; a parameter that no process used stays without."
+    if among.size == 1:
+        return
+    bucket, size = [], 0
+    for p in [*parameters, None]:
+        if bucket and (p is None or size + p.numel() > numbers or p.dtype != bucket[0].dtype):
+            _add_bucket(bucket, among)
+            bucket, size = [], 0
+        if p is not None:
+            bucket.append(p)
+            size += p.numel()
+
+
+def _add_bucket(bucket: list[Tensor], among: Processes) -> None:
+    used = bucket[0].new_tensor([p.grad is not None for p in bucket])
+    flat = among.sum(torch.cat([*(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket), used]), "gradients")
+    *totals, used = flat.split([*(p.numel() for p in bucket), len(bucket)])
+    for p, total, times in zip(bucket, totals, used.tolist()):
+        p.grad = total.view_as(p).clone() if times else None
+
+# %% ../nbs/library/06_training.ipynb #f63bd3af
+def same_start(model: nn.Module, among: Processes) -> None:
+    "Give every process the parameters and buffers of process 0."
+    for x in model.state_dict(keep_vars=True).values() if among.size > 1 else ():
+        x.data.copy_(among.broadcast(x.data, label="start"))
+
+
+def _same_buffers(model: nn.Module, among: Processes) -> None:
+    "After a step: buffers of process 0, but for those of banks, which are the same already."
+    if among.size > 1:
+        known = {id(b) for bank in banks(model).values() for b in bank.buffers()}
+        for buffer in model.buffers():
+            if id(buffer) not in known:
+                buffer.copy_(among.broadcast(buffer, label="buffers"))
+
+
+def following(model: nn.Module, among: Processes):
+    "Banks follow the tokens of all processes; nothing for a process alone."
+    return following_together(*banks(model).values(), among=among) if among.size > 1 else nullcontext()
+
+
+def same_run(plan: Any, loader: Iterable, among: Processes) -> None:
+    "Raise unless all processes have the same plan, and data of the same length."
+    mine = json.dumps([asdict(plan), len(loader) if hasattr(loader, "__len__") else None])
+    first = among.told(mine)
+    with among.together("comparing runs"):
+        if first != mine:
+            raise ValueError(f"process {among.rank} was given another run than process 0: {mine} and {first}")
+
+
+def refuse_sharded(model: nn.Module, among: Processes) -> None:
+    "A bank that is divided over processes is not the same on each, and `fit` averages."
+    for name, bank in banks(model).items():
+        if among.size > 1 and getattr(bank, "shards", 1) > 1:
+            raise ValueError(f"fit trains the same model on every process, but the bank {name or 'itself'} is divided over {bank.shards}: train it in a loop of your own")
+
 # %% ../nbs/library/06_training.ipynb #c9d8273d
 @contextmanager
-def _seeded(seed: int, epoch: int, loader: Iterable = ()) -> Iterator[None]:
-    "Random states that depend on seed and epoch; the caller's global ones are put back."
+def _seeded(seed: int, epoch: int, loader: Iterable = (), among: Processes | None = None) -> Iterator[Callable]:
+    """Random states that depend on seed and epoch; the caller's global ones are put back.
+
+    Yields a context in which each of several processes draws its own numbers, while outside of it all draw the same."""
     number, before = seed * 1_000_003 + epoch, (random.getstate(), np.random.get_state())
     samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
     samplers.append(getattr(samplers[1], "sampler", None))
@@ -205,10 +378,29 @@ def _seeded(seed: int, epoch: int, loader: Iterable = ()) -> Iterator[None]:
             torch.manual_seed(number)
             random.seed(number)
             np.random.seed(number % 2**32)
-            yield
+            yield _noise_of_its_own(number, among or Processes())
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
+
+
+def _noise_of_its_own(number: int, among: Processes) -> Callable:
+    "A context that draws from a stream of this process; nothing for a process alone."
+    if among.size == 1:
+        return nullcontext
+    kept = torch.Generator().manual_seed(number * among.size + among.rank).get_state()
+
+    @contextmanager
+    def drawing():
+        nonlocal kept
+        outside = torch.get_rng_state()
+        torch.set_rng_state(kept)
+        try:
+            yield
+        finally:
+            kept = torch.get_rng_state()
+            torch.set_rng_state(outside)
+    return drawing
 
 # %% ../nbs/library/06_training.ipynb #d35c45dc
 @torch.no_grad()
@@ -260,6 +452,12 @@ class Seen(NamedTuple):
     tokens: Tensor  # (..., N, dim), as they reached the bank
     mask: Tensor | None  # (..., N)
     inputs: Tensor  # the first tensor of the batch
+    among: Processes = Processes()
+
+    def everyone(self, x: Tensor) -> Tensor:
+        "What counts of `x (..., N, m)`, of all processes: `(rows, m)`."
+        rows = x.flatten(0, -2) if self.mask is None else x[self.mask.bool()]
+        return self.among.rows(rows[:len(rows) * self.among.present], "anchors")
 
     @property
     def count(self) -> int:
@@ -267,8 +465,8 @@ class Seen(NamedTuple):
         return self.tokens[..., 0].numel() if self.mask is None else int(self.mask.count_nonzero())
 
 
-def _sphere_gap(tokens: Tensor, mask: Tensor | None, radius: float = 1.0) -> Tensor:
-    return token_mean((tokens - on_sphere(tokens, radius)).square().sum(-1), mask)
+def _sphere_gap(tokens: Tensor, radius: float = 1.0) -> Tensor:
+    return token_mean((tokens - on_sphere(tokens, radius)).square().sum(-1))
 
 
 def _decoded(seen: Seen) -> Tensor:
@@ -279,11 +477,11 @@ def _decoded(seen: Seen) -> Tensor:
 
 ANCHORS: dict[str, Callable[..., Tensor]] = {
     "repulsion": lambda seen, **settings: repulsion(seen.bank.prototypes, **settings),
-    "variance_floor": lambda seen, **settings: variance_floor(seen.tokens, mask=seen.mask, **settings),
-    "decorrelation": lambda seen: decorrelation(seen.tokens, seen.mask),
-    "on_sphere": lambda seen, **settings: _sphere_gap(without_padding(seen.tokens, seen.mask), seen.mask, **settings),
-    "reconstruction": lambda seen: reconstruction(_decoded(seen), seen.inputs, seen.mask)}
-"Terms that `fit` adds by name: functions of `Seen` and of the settings of the loss of that name."
+    "variance_floor": lambda seen, **settings: variance_floor(seen.everyone(seen.tokens), **settings),
+    "decorrelation": lambda seen: decorrelation(seen.everyone(seen.tokens)),
+    "on_sphere": lambda seen, **settings: _sphere_gap(seen.everyone(seen.tokens), **settings),
+    "reconstruction": lambda seen: reconstruction(seen.everyone(_decoded(seen)), seen.everyone(seen.inputs))}
+"Terms that `fit` adds by name: functions of `Seen` and of the settings of the loss of that name, over the tokens of all processes."
 ANCHOR_SETTINGS = {"repulsion": ("gamma", "confinement"), "variance_floor": ("floor",), "on_sphere": ("radius",)}
 "Settings beside `weight` of the anchors that have any."
 
@@ -295,8 +493,9 @@ class Anchored:
     Anchors on tokens pass over a call in which fewer than two tokens count."""
     loss: Callable[..., Tensor]
     anchors: Mapping[str, Mapping[str, float]]
+    among: Processes = field(default_factory=Processes, repr=False, compare=False)
 
-    def __call__(self, model: nn.Module, *batch) -> Tensor:
+    def __call__(self, model: nn.Module, *batch) -> Tensor | list:
         calls: list[Seen] = []
         hooks = [bank.register_forward_pre_hook(self._catch(model, batch[0], calls), with_kwargs=True) for bank in banks(model).values()]
         try:
@@ -304,16 +503,19 @@ class Anchored:
         finally:
             for hook in hooks:
                 hook.remove()
-        return value + sum(self.term(name, seen) for seen in calls for name in self.anchors if name == "repulsion" or seen.count > 1)
+        counts = [int(self.among.sum(torch.tensor(seen.count * self.among.present), "anchors")) for seen in calls]
+        anchors = sum(self.term(name, seen) for seen, count in zip(calls, counts) for name in self.anchors if name == "repulsion" or count > 1)
+        if self.among.size == 1 and isinstance(value, Tensor):
+            return value + anchors
+        return [*terms_of(self.loss, value, batch), *([Mean(anchors, 1)] if isinstance(anchors, Tensor) else [])]
 
     def term(self, name: str, seen: Seen) -> Tensor:
         "The weighted term of one anchor."
         settings = dict(self.anchors[name])
         return settings.pop("weight", 1.0) * ANCHORS[name](seen, **settings)
 
-    @staticmethod
-    def _catch(model: nn.Module, inputs: Tensor, calls: list):
-        return lambda bank, args, kwargs: calls.append(Seen(model, bank, *_call(args, kwargs), inputs))
+    def _catch(self, model: nn.Module, inputs: Tensor, calls: list):
+        return lambda bank, args, kwargs: calls.append(Seen(model, bank, *_call(args, kwargs), inputs, self.among))
 
 
 def anchor_settings(anchors: Mapping[str, float | Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -343,9 +545,12 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclass
 class FitResult:
-    "`history`: a row of diagnostics an epoch; `resumed_from`: the epoch a checkpoint gave, 0 for a fresh run."
+    """`history`: a row of diagnostics an epoch; `resumed_from`: the epoch a checkpoint gave, 0 for a fresh run.
+
+    `traffic`: bytes that this process handed to collectives, by purpose, and how often; empty for a process alone."""
     history: list[dict] = field(default_factory=list)
     resumed_from: int = 0
+    traffic: Counter = field(default_factory=Counter, repr=False, compare=False)
 
     @property
     def last(self) -> dict:
@@ -391,24 +596,40 @@ class Plan:
                 bank.set_temperature(self.temperature.over(self.epochs)(epoch))
 
 # %% ../nbs/library/06_training.ipynb #1ee91b21
-def _train_epoch(model: nn.Module, loader: Iterable, epoch: int, optimiser, loss: Callable, plan: Plan, device: torch.device) -> dict:
+def _train_epoch(model: nn.Module, loader: Iterable, epoch: int, optimiser, loss: Callable, plan: Plan, device: torch.device, among: Processes) -> dict:
     "One pass over the data: optimiser steps at the scheduled temperatures, and the row of diagnostics."
     model.train()
     total, steps, length = 0.0, 0, len(loader) if hasattr(loader, "__len__") else 0
-    with _seeded(plan.seed, epoch, loader), Diagnostics(model) as signs:
-        for step, batch in enumerate(loader):
+    with _seeded(plan.seed, epoch, loader, among) as forward_noise, following(model, among), Diagnostics(model) as signs:
+        for step, batch in enumerate(read_together(OwnBatches(loader, among, epoch), among)):
             plan.set_temperatures(model, epoch - 1 + (step / length if length else 0))
-            value = loss(model, *_to_device(batch, device))
+            signs.counting = among.present
             optimiser.zero_grad(set_to_none=True)
-            value.backward()
+            with forward_noise():
+                value = _backward(model, _to_device(batch, device), optimiser, loss, among)
             norm = nn.utils.clip_grad_norm_((p for group in optimiser.param_groups for p in group["params"]), plan.clip)
-            if not (value.isfinite() and norm.isfinite()):
-                raise FloatingPointError(f"step {step + 1}: the loss is {float(value.detach()):g} and the norm of its gradient {float(norm):g}")
+            if not (math.isfinite(value) and norm.isfinite()):
+                raise FloatingPointError(f"step {step + 1}: the loss is {value:g} and the norm of its gradient {float(norm):g}")
             optimiser.step()
-            total, steps = total + float(value.detach()), steps + 1
+            _same_buffers(model, among)
+            total, steps = total + value, steps + 1
     if not steps:
         raise ValueError("data gave no batches")
-    return {"epoch": epoch, "objective": total / steps, **signs.row()}
+    return {"epoch": epoch, "objective": total / steps, **signs.add_up(among).row()}
+
+
+def _backward(model: nn.Module, batch: tuple, optimiser, loss: Callable, among: Processes) -> float:
+    "The loss of the batch of all processes, and its gradient on every one."
+    with among.together("the forward pass"):
+        terms = terms_of(loss, loss(model, *batch), batch)
+        values = torch.stack([term.value.detach().double() for term in terms])
+        counts = torch.tensor([float(term.count) * among.present for term in terms], dtype=torch.float64, device=values.device)
+    sums = among.sum(torch.stack([counts, values * counts]), "loss")
+    shares = counts / sums[0].clamp_min(torch.finfo(torch.float64).tiny)
+    with among.together("the backward pass"):
+        sum(term.value * float(share) for term, share in zip(terms, shares)).backward()
+    add_gradients([p for group in optimiser.param_groups for p in group["params"]], among)
+    return float(values.sum()) if among.size == 1 else float((sums[1] / sums[0].clamp_min(torch.finfo(torch.float64).tiny)).sum())
 
 # %% ../nbs/library/06_training.ipynb #07f0069a
 def _save(path: str | Path, model: nn.Module, optimiser, plan: Plan, history: list[dict]) -> None:
@@ -453,17 +674,33 @@ def _restore(path: str | Path, model: nn.Module, optimiser, plan: Plan) -> list[
     model.load_state_dict(state)
     return meta["history"]
 
+# %% ../nbs/library/06_training.ipynb #0ed58318
+@contextmanager
+def _read_by_all(path: str | Path, among: Processes) -> Iterator[Path]:
+    "The file that process 0 sees, on every process."
+    if among.size == 1:
+        yield Path(path)
+        return
+    with TemporaryDirectory() as folder:
+        with among.together("reading the checkpoint"):
+            content = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8) if among.first else torch.empty(0, dtype=torch.uint8)
+            copy = Path(folder) / Path(path).name
+        size = among.told(len(content))
+        copy.write_bytes(among.broadcast(content if among.first else torch.empty(size, dtype=torch.uint8), label="checkpoint").numpy().tobytes())
+        with among.together("resuming"):
+            yield copy
+
 # %% ../nbs/library/06_training.ipynb #27a189e8
 def fit(model: nn.Module,
         data: Tensor | Sequence[Tensor] | Dataset | Iterable,  # tokens, `(tokens, mask, ...)`, a Dataset, or batches
         *,
         epochs: int = 15,
-        loss: Callable[..., Tensor] = bank_loss,  # `loss(model, *batch)`, a scalar
+        loss: Callable[..., Tensor | Sequence[Mean]] = bank_loss,  # `loss(model, *batch)`, a scalar; or `Mean`s of which it is the sum
         lr: float = 1e-3,  # of everything but the prototypes
         ratio: float = 10.0,  # prototypes learn at `ratio * lr`
         anneal: Anneal | None = None,  # schedule in tau over the whole run; None leaves the banks as they are
         temperature: Anneal | None = None,  # the same in raw T, for those who insist
-        batch_size: int = 256,  # for tensors and Datasets
+        batch_size: int = 256,  # for tensors and Datasets; of all processes together
         anchors: Mapping[str, float | Mapping[str, float]] | None = None,  # terms of `ANCHORS` by name: a weight, or `{"weight": w, **settings}`
         clip: float = 1.0,  # largest norm of the gradient
         seed: int = 0,
@@ -475,27 +712,42 @@ def fit(model: nn.Module,
         ) -> FitResult:
     """Train a model with prototype banks (Algorithm 1 of arXiv 2604.03850): two rates, a schedule in tau, clipping, diagnostics each epoch.
 
+    In a process group of `torch.distributed` each process takes its part of every batch, and all end with the model, the
+    history and the checkpoint that one process alone would have; process 0 writes the file.
+
     Raises `NonFiniteLoss` with the model back at its last good epoch, `DecompositionError` when `L_q = L_OLS + V` fails,
-    `StateError` for a checkpoint that is damaged or of another run. An interrupted run resumes to the same numbers."""
+    `StateError` for a checkpoint that is damaged or of another run, `WorkerFailed` when another process stopped.
+    An interrupted run resumes to the same numbers, with any number of processes."""
+    model, among = unwrap(model), processes()
     plan = Plan(epochs, lr, ratio, clip, seed, batch_size, init, anneal, temperature, anchors)
-    objective = Anchored(loss, plan.anchors) if plan.anchors else loss
-    device, loader = next(model.parameters()).device, _loader(data, plan.batch_size)
-    stepper, result = optimiser(param_groups(model, lr, ratio)), FitResult()
-    if checkpoint is not None and resume and Path(checkpoint).exists():
-        result = FitResult(history := _restore(checkpoint, model, stepper, plan), len(history))
-    elif init is not None:
-        initialise(model, data, init, plan.seed, batch_size=plan.batch_size, loss=loss)
-    with progress("training", epochs, len(result.history)) as advance:
+    objective = Anchored(loss, plan.anchors, among) if plan.anchors else loss
+    with among.together("preparing the run"):
+        refuse_sharded(model, among)
+        device, loader = next(model.parameters()).device, _loader(data, plan.batch_size)
+        stepper, result = optimiser(param_groups(model, lr, ratio)), FitResult(traffic=among.traffic)
+    same_run(plan, loader, among)
+    if among.told(checkpoint is not None and resume and Path(checkpoint).exists()):
+        with _read_by_all(checkpoint, among) as path:
+            result = FitResult(history := _restore(path, model, stepper, plan), len(history), among.traffic)
+    else:
+        with among.together("initialisation"):
+            if init is not None and among.first:
+                initialise(model, data, init, plan.seed, batch_size=plan.batch_size, loss=loss)
+        same_start(model, among)
+    with progress("training", epochs, len(result.history), show=None if among.first else False) as advance:
         for epoch in range(len(result.history) + 1, epochs + 1):
             good = {name: t.clone() for name, t in model.state_dict().items()}
             try:
-                row = _train_epoch(model, loader, epoch, stepper, objective, plan, device)
+                row = _train_epoch(model, loader, epoch, stepper, objective, plan, device, among)
             except (FloatingPointError, NonFiniteInput) as error:
                 model.load_state_dict(good)
                 raise NonFiniteLoss(f"epoch {epoch}, {error}; the model is back at the end of epoch {epoch - 1}", result.history) from error
-            result.history.append(row | _evaluated(model, evaluate))
-            if checkpoint is not None:
-                _save(checkpoint, model, stepper, plan, result.history)
+            with among.together("evaluation"):
+                row |= _evaluated(model, evaluate)
+            result.history.append(among.told(row))
+            with among.together("writing the checkpoint"):
+                if checkpoint is not None and among.first:
+                    _save(checkpoint, model, stepper, plan, result.history)
             advance(note=f"loss {row['objective']:.4g}")
     plan.set_temperatures(model, epochs)
     model.eval()
