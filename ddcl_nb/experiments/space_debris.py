@@ -287,7 +287,7 @@ def figure_numbers(result: Result):
             for second, colour in zip(SECOND_STEPS, plots.palette(3)):
                 values = over_numbers(result.rows, data, base, second, measure)
                 means = np.array([np.mean(v) for v in values.values()])
-                ends = np.array([[m - min(v), max(v) - m] for m, v in zip(means, values.values())]).reshape(-1, 2)
+                ends = np.array([[m - min(v), max(v) - m] for m, v in zip(means, values.values())]).reshape(-1, 2).clip(min=0)
                 ax.errorbar(values.keys(), means, ends.T, color=colour, ls=style, marker="o", ms=4, lw=1.4, capsize=2, label=f"{base}, {second}")
         level = np.mean(_column(result.rows, data, "k-means", measure)) if aim is None else aim
         ax.axhline(level, color="0.3", lw=1, ls=":", label="k-means, K = 4 (left); aim (right)")
