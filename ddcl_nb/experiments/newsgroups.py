@@ -54,9 +54,9 @@ class Size:
     thorough: bool = True  # with DEC, IDEC and the variants
 
 
-SIZES = {"quick": Size(600, 64, range(5), 60, 256, thorough=False), "full": Size(5000, 128, range(5))}
+SIZES = {"quick": Size(600, 64, range(5), 60, 256, thorough=False), "full": Size(5000, 128, range(5), thorough=False)}
 WHOLE = Size(None, 128, range(5))
-"Every post: `run(\"full\", size=WHOLE)`."
+"Every post, with DEC, IDEC and the variants, which take hours on two cores: `run('full', size=WHOLE)`."
 
 
 @dataclass(frozen=True)
