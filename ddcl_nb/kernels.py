@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'TILES_PER_SLAB', 'ELEMENTS_PER_CHUNK', 'PASSES', 'definition', 'matmul_form',
-           'Moments', 'merge', 'Slab', 'slabs', 'moments', 'finish', 'Saved', 'Gradients', 'fused_forward',
+__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'TILES_PER_SLAB', 'ELEMENTS_PER_CHUNK', 'SMALL', 'PASSES', 'definition', 'matmul_form',
+           'Moments', 'merge', 'Slab', 'slabs', 'moments', 'finish', 'Saved', 'Gradients', 'is_small', 'fused_forward',
            'fused_backward', 'fused']
 
 # %% ../nbs/library/000_kernels.ipynb #d780f9b0
@@ -265,21 +265,26 @@ def _wish(x, centroid, vector, pull, push, scalar):
     return out
 
 
-def _wishes(x, saved: Saved, g: Gradients, through) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    "What tokens ask of the bank with q fixed, of q itself (with its mean over q), each `[G | s]`; and the factor of `z - zbar` in dz."
-    c, push = saved.centroids, _sum(g.recon, None if g.variance is None else -g.variance)
+def _asked(x, c, g: Gradients, through) -> tuple[Tensor, Tensor | None]:
+    "What tokens ask of the bank with q fixed, and of q itself, each `[G | s]`; `c` are centred soft centroids."
+    push = _sum(g.recon, None if g.variance is None else -g.variance)
     pull, scalar = _sum(g.recon, g.loss), _sum(g.variance, g.loss)
     fixed = _wish(x, c, g.centroids, _sum(pull, g.free_energy), push, _sum(scalar, g.free_energy))
     moves = through[0] and g.centroids is not None, through[1] and any(t is not None for t in (pull, scalar, g.entropy))
     if not any(moves):
-        return fixed, None, None
+        return fixed, None
     if all(through) and g.free_energy is None:
-        asked = fixed
-    else:
-        asked = _wish(x, c, g.centroids if through[0] else None, *((pull, push, scalar) if through[1] else (None,) * 3))
+        return fixed, fixed
+    return fixed, _wish(x, c, g.centroids if through[0] else None, *((pull, push, scalar) if through[1] else (None,) * 3))
+
+
+def _wishes(x, saved: Saved, g: Gradients, through) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    "As `_asked`, and the mean over q of what is asked of q."
+    c, (fixed, asked) = saved.centroids, _asked(x, saved.centroids, g, through)
+    if asked is None:
+        return fixed, None, None
     half = asked[:, -1] / 2
-    mean = torch.linalg.vecdot(torch.addcmul(asked[:, :-1], half[:, None], c), c) + half * saved.variance
-    return fixed, asked, mean
+    return fixed, asked, torch.linalg.vecdot(torch.addcmul(asked[:, :-1], half[:, None], c), c) + half * saved.variance
 
 # %% ../nbs/library/000_kernels.ipynb #7ed3da6a
 class _Stack(NamedTuple):
@@ -379,7 +384,92 @@ def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Te
         dT = dT - (g.free_energy * saved.entropy).sum()
     return [dz, by[:, :-1] + bank * by[:, -1:], dT]
 
-# %% ../nbs/library/000_kernels.ipynb #262ceced
+# %% ../nbs/library/000_kernels.ipynb #570cf4af
+SMALL = 128
+
+
+def is_small(n_prototypes: int, width: int) -> bool:
+    "Is the bank so small that one number per token and prototype is less than the tokens themselves?"
+    return n_prototypes <= min(width, SMALL)
+
+
+def _small_rows(N: int, n_prototypes: int, width: int, device) -> list[slice]:
+    n = max(64, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (4 * (n_prototypes + width)))
+    return [slice(start, min(start + n, N)) for start in range(0, max(N, 1), n)]
+
+
+def _small_terms(x, q, p, norms, between, T):
+    "Centred soft centroid, the five terms, index, top and others of a chunk; the weights go to `q` (n, K)."
+    dot, scale = torch.linalg.vecdot, 2 * LOG2E / T
+    logs = torch.addmm(norms * (-scale / 2), x, p.mT * scale)
+    top = logs.amax(-1)
+    index = _nearest(logs.sub_(top[:, None])[None], top)
+    torch.exp2(logs, out=q)
+    excess, place = dot(q, logs), index[:, None]
+    others = q.scatter_(1, place, 0).sum(-1)
+    Z = 1 + others
+    q.scatter_(1, place, 1).div_(Z[:, None])
+    excess.div_(Z).mul_(-T / LOG2E)
+    away = x - p.index_select(0, index)
+    squared, log_z = dot(away, away), others.log1p()
+    variance = dot(torch.mm(q, between, out=logs), q) / 2
+    centroid = q @ p
+    away = torch.sub(x, centroid, out=away)
+    entropy = (log_z + excess / T).clamp_max_(math.log(len(p)))
+    return centroid, squared + excess, dot(away, away), variance, entropy, squared - T * log_z, index, top / LOG2E, others
+
+
+def _small_forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
+    "As `_forward`, but with the weights (N, K) in the place of the centred soft centroids."
+    (N, m), origin = z.shape, bank.mean(0)
+    p, out, q = bank - origin, torch.empty_like(z), z.new_empty(N, len(bank))
+    norms, between = p.square().sum(-1), torch.cdist(p, p, compute_mode="donot_use_mm_for_euclid_dist").square()
+    stores = [*(z.new_empty(N) for _ in range(5)), torch.empty(N, dtype=torch.int64, device=z.device), z.new_empty(N), z.new_empty(N)]
+    for rows in _small_rows(N, *bank.shape, z.device):
+        centroid, *values = _small_terms(z[rows] - origin, q[rows], p, norms, between, T)
+        torch.add(centroid, origin, out=out[rows])
+        for store, value in zip(stores, values):
+            store[rows] = value
+    return [out, *stores[:6], q, *stores[6:]]
+
+# %% ../nbs/library/000_kernels.ipynb #8e278b51
+def _small_backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Tensor]:
+    "As `_backward`, from the weights that were kept."
+    (N, m), origin = z.shape, bank.mean(0)
+    p, dz, dT = bank - origin, torch.empty_like(z), z.new_zeros(())
+    table = torch.cat([p, p.square().sum(-1, keepdim=True) / 2], -1)
+    by_q, by_t, by_ones = (z.new_zeros(size, len(p)) for size in (m + 1, m, 1))
+    for rows in _small_rows(N, *bank.shape, z.device):
+        x, q, part, index = z[rows] - origin, saved.centroids[rows], g.part(rows), saved.index[rows, None]
+        c = q @ p if part.recon is not None or part.variance is not None else None
+        fixed, asked = _asked(x, c, part, through)
+        alpha, t = _sum(part.recon, part.loss, part.free_energy), None
+        if asked is not None:
+            t = asked @ table.mT
+            logs = q.clamp_min(torch.finfo(q.dtype).tiny).log() if needs[2] or part.entropy is not None else None
+            if part.entropy is not None and through[1]:
+                t.addcmul_(part.entropy[:, None], logs, value=-1)
+            t.sub_(torch.linalg.vecdot(q, t)[:, None]).mul_(q).scatter_(1, index, 0)
+            others = t.sum(-1)
+            if needs[2]:
+                dT -= (t * (logs + saved.others[rows].log1p()[:, None])).sum() / T
+            t.scatter_(1, index, -others[:, None])
+            by_t.addmm_(x.mT, t)
+            by_ones += t.sum(0)
+            t.mul_(2 / T)
+        by_q.addmm_(fixed.mT, q)
+        if needs[0]:
+            if alpha is None:
+                dz[rows] = 0 if t is None else t @ p
+            else:
+                pulls = torch.mul(q, -2 * alpha[:, None]) if t is None else t.addcmul_(alpha[:, None], q, value=-2)
+                torch.mul(x, 2 * alpha[:, None], out=dz[rows]).addmm_(pulls, p)
+    if g.free_energy is not None:
+        dT = dT - (g.free_energy * saved.entropy).sum()
+    by = by_q[:m] + by_q[m] * p.mT + (2 / T) * (by_t - by_ones * p.mT)
+    return [dz, by.mT.contiguous(), dT]
+
+# %% ../nbs/library/000_kernels.ipynb #9aebecdb
 def _stacked(heads: list[list[Tensor]]) -> list[Tensor]:
     "Results of all heads side by side; nothing is copied for one head."
     return [x[0][None] if len(x) == 1 else torch.stack(x) for x in zip(*heads)]
@@ -394,7 +484,8 @@ def fused_forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
     available, forward, _ = PASSES.get(z.device.type, (None, None, None))
     if available is not None and available(z, bank):
         return forward(z, bank, T)
-    return _stacked([_forward(z[h], bank[h], T[h]) for h in range(len(z))])
+    one = _small_forward if not z.is_cuda and is_small(*bank.shape[1:]) else _forward
+    return _stacked([one(z[h], bank[h], T[h]) for h in range(len(z))])
 
 
 def fused_backward(z, bank, T, kept: list[Tensor], gradients: Gradients, through, needs) -> list[Tensor]:
@@ -402,7 +493,8 @@ def fused_backward(z, bank, T, kept: list[Tensor], gradients: Gradients, through
     available, _, backward = PASSES.get(z.device.type, (None, None, None))
     if available is not None and available(z, bank):
         return backward(z, bank, T, kept, gradients, through, needs)
-    return _stacked([_backward(z[h], bank[h], T[h], Saved(*(s[h] for s in kept)), gradients.part(h), through, needs) for h in range(len(z))])
+    one = _small_backward if not z.is_cuda and is_small(*bank.shape[1:]) else _backward
+    return _stacked([one(z[h], bank[h], T[h], Saved(*(s[h] for s in kept)), gradients.part(h), through, needs) for h in range(len(z))])
 
 
 class _Fused(torch.autograd.Function):
@@ -436,7 +528,7 @@ def _differentiable_backward(z, bank, T, through, gradients):
     pairs = [(o, g) for o, g in zip(outputs, gradients) if g is not None and o.requires_grad]
     return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True)
 
-# %% ../nbs/library/000_kernels.ipynb #03501d97
+# %% ../nbs/library/000_kernels.ipynb #b504f0b9
 _FORWARD = "(Tensor z, Tensor bank, Tensor T, bool[] through) -> (" + ", ".join(["Tensor"] * 10) + ")"
 _BACKWARD = ("(Tensor z, Tensor bank, Tensor T, Tensor[] kept, Tensor? centroids, Tensor? loss, Tensor? recon, Tensor? variance, Tensor? entropy, "
              "Tensor? free_energy, bool[] through, bool[] needs) -> (Tensor, Tensor, Tensor)")
@@ -449,8 +541,9 @@ def _forward_operator(z, bank, T, through):
 
 @_forward_operator.register_fake
 def _(z, bank, T, through):
-    vectors, terms = (z.new_empty(z.shape) for _ in range(2)), (z.new_empty(z.shape[:2]) for _ in range(7))
-    return next(vectors), *(next(terms) for _ in range(5)), z.new_empty(z.shape[:2], dtype=torch.int64), next(vectors), *terms
+    terms = [z.new_empty(z.shape[:2]) for _ in range(7)]
+    kept = z.shape if z.is_cuda or not is_small(*bank.shape[1:]) else (*z.shape[:2], bank.shape[1])
+    return z.new_empty(z.shape), *terms[:5], z.new_empty(z.shape[:2], dtype=torch.int64), z.new_empty(kept), *terms[5:]
 
 
 @torch.library.custom_op("ddcl_nb::fused_backward", mutates_args=(), schema=_BACKWARD)

@@ -106,14 +106,15 @@ def products(inputs, which, grad):
     ("zp", (5,), "full", 2),
 ])
 def test_a_backward_pass_has_no_more_products_than_it_needs(of, which, grad, expected):
-    z, p = (numbers(50, 4, dtype=torch.float32).requires_grad_(name in of) for name in "zp")
+    z, p = (numbers(50, 4, dtype=torch.float32).requires_grad_(name in of) for name in "zp")  # K > m: not the form of small banks
     assert products((z, p, 2.0), which, grad) == expected
 
 
+@pytest.mark.parametrize("K", [3, 9])
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (4,), (5,), (0, 1), (2, 5)])
 @pytest.mark.parametrize("through", THROUGH.values(), ids=THROUGH)
-def test_absent_gradients_are_zeros(which, through):
-    inputs = numbers(1, 30, 3, seed=5), numbers(1, 9, 3, seed=6), torch.tensor([1.5]).double()
+def test_absent_gradients_are_zeros(which, through, K):
+    inputs = numbers(1, 30, 3, seed=5), numbers(1, K, 3, seed=6), torch.tensor([1.5]).double()
     if which == (4,) and not through[1]:
         assert not definition(*(x.clone().requires_grad_() for x in inputs), through)[4].requires_grad
         return
@@ -124,21 +125,21 @@ def test_absent_gradients_are_zeros(which, through):
 # --- compiled and exported
 
 class Model(torch.nn.Module):
-    def __init__(self, grad="full", n_heads=None):
+    def __init__(self, grad="full", n_heads=None, K=5):
         super().__init__()
         self.encode, self.grad = torch.nn.Linear(6, 6), grad
-        self.bank = torch.nn.Parameter(torch.randn(*([] if n_heads is None else [n_heads]), 5, 6))
+        self.bank = torch.nn.Parameter(torch.randn(*([] if n_heads is None else [n_heads]), K, 6))
 
     def forward(self, x, mask=None):
         out = ddcl(self.encode(x), self.bank, 2.0, grad=self.grad, mask=mask)
         return out.centroids.square().sum() + out.loss.sum() + out.entropy.sum(), out.indices
 
 
-@pytest.mark.parametrize("grad, heads", [("full", None), ("stop", None), ("stop-loss", 3)])
-def test_a_compiled_model_has_no_graph_break_and_the_same_numbers(grad, heads):
+@pytest.mark.parametrize("grad, heads, K", [("full", None, 5), ("stop", None, 9), ("stop-loss", 3, 9)])
+def test_a_compiled_model_has_no_graph_break_and_the_same_numbers(grad, heads, K):
     torch.manual_seed(0)
     torch.compiler.reset()
-    model, x, mask = Model(grad, heads), torch.randn(2, 3, 20, 6), torch.rand(2, 20) < 0.7
+    model, x, mask = Model(grad, heads, K), torch.randn(2, 3, 20, 6), torch.rand(2, 20) < 0.7
     mask = mask if heads else mask[:, None].expand(2, 3, 20)
     found = []
     for form in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
