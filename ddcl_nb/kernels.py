@@ -154,18 +154,18 @@ def _products(rows: Tensor, table: Tensor, spare: int, memory: Tensor) -> Tensor
 def _slab_moments(x: Tensor, T: Tensor, slab: Slab, memory: Tensor) -> Moments:
     "Moments of one slab for a chunk of tokens (n, m); `memory` is overwritten."
     (n, m), (t, k) = x.shape, slab.norms.shape
-    scale = 2 * LOG2E / T
+    scale = 2 / T
     rows = torch.nn.functional.pad(x, (0, 1), value=-1.0).mul_(scale)
     w = _products(rows, slab.table[..., :-1], slab.spare, memory)
     top = w.amax((0, 2)) if t == 1 else w.amax(-1).amax(0)
     index = _nearest(w.sub_(top[:, None]), top)
-    w.exp2_().view(-1).scatter_(0, _places(index, n, k, n), 0)
+    w.exp_().view(-1).scatter_(0, _places(index, n, k, n), 0)
     first, second, others = w[0] @ slab.bank[0], w[0] @ slab.norms[0], w[0].sum(-1)
     for i in range(1, t):
         first.addmm_(w[i], slab.bank[i])
         second.addmv_(w[i], slab.norms[i])
         others += w[i].sum(-1)
-    return Moments(top / LOG2E, index + slab.start, slab.bank.view(-1, m).index_select(0, index), others, first, second)
+    return Moments(top, index + slab.start, slab.bank.view(-1, m).index_select(0, index), others, first, second)
 
 
 def moments(x: Tensor,  # `(n, m)`, with the same origin as the bank
@@ -400,23 +400,23 @@ def _small_rows(N: int, n_prototypes: int, width: int, device) -> list[slice]:
 
 def _small_terms(x, q, p, norms, between, T):
     "Centred soft centroid, the five terms, index, top and others of a chunk; the weights go to `q` (n, K)."
-    dot, scale = torch.linalg.vecdot, 2 * LOG2E / T
+    dot, scale = torch.linalg.vecdot, 2 / T
     logs = torch.addmm(norms * (-scale / 2), x, p.mT * scale)
     top = logs.amax(-1)
     index = _nearest(logs.sub_(top[:, None])[None], top)
-    torch.exp2(logs, out=q)
+    torch.exp(logs, out=q)
     excess, place = dot(q, logs), index[:, None]
     others = q.scatter_(1, place, 0).sum(-1)
     Z = 1 + others
     q.scatter_(1, place, 1).div_(Z[:, None])
-    excess.div_(Z).mul_(-T / LOG2E)
+    excess.div_(Z).mul_(-T)
     away = x - p.index_select(0, index)
     squared, log_z = dot(away, away), others.log1p()
     variance = dot(torch.mm(q, between, out=logs), q) / 2
     centroid = q @ p
     away = torch.sub(x, centroid, out=away)
     entropy = (log_z + excess / T).clamp_max_(math.log(len(p)))
-    return centroid, squared + excess, dot(away, away), variance, entropy, squared - T * log_z, index, top / LOG2E, others
+    return centroid, squared + excess, dot(away, away), variance, entropy, squared - T * log_z, index, top, others
 
 
 def _small_forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
