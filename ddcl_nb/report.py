@@ -15,7 +15,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from .experiments.registry import Result
+from .experiments.registry import Result, plain_columns
 from .storage import write_text
 
 # %% auto #0
@@ -258,7 +258,7 @@ def keys_and_measures(rows: Sequence[dict]) -> tuple[list[str], list[str]]:
     """Columns before `seed` (where there is no seed, columns of text), and columns of numbers after it, seconds last.
 
     A measure that a single one of several methods has is left out: it compares nothing."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = plain_columns(rows)
     keys = columns[:columns.index("seed")] if "seed" in columns else [column for column in columns if isinstance(rows[0].get(column), str)]
     groups = {column: {tuple(row.get(key) for key in keys) for row in rows if column in row} for column in columns}
     several = len(set().union(*groups.values())) > 1
@@ -298,7 +298,7 @@ def seeds_table(result: Result) -> Html | None:
     "All rows as they were measured, folded."
     if not result.rows:
         return None
-    columns = list(dict.fromkeys(column for row in result.rows for column in row))
+    columns = plain_columns(result.rows)
     numbers = [column for column in columns if all(_is_number(row.get(column, 0)) for row in result.rows)]
     body = ([_plain(row.get(column), column in numbers) for column in columns] for row in result.rows)
     rows = table(columns, body, f"{title(result)}: all rows", numbers)

@@ -27,8 +27,8 @@ import ddcl_nb
 from ..storage import atomic, write_text
 
 # %% auto #0
-__all__ = ['PROFILES', 'Experiment', 'experiments', 'check_profile', 'provenance', 'Log', 'Result', 'read_result',
-           'stored_results', 'spread', 'with_spread']
+__all__ = ['PROFILES', 'Experiment', 'experiments', 'check_profile', 'provenance', 'plain_columns', 'Log', 'Result',
+           'read_result', 'stored_results', 'spread', 'with_spread']
 
 # %% ../../nbs/library/10_registry.ipynb #a86cc079
 @dataclass(frozen=True)
@@ -95,7 +95,13 @@ def provenance() -> dict:
 
 # %% ../../nbs/library/10_registry.ipynb #70a0c777
 def _are_rows(rows) -> bool:
-    return isinstance(rows, list) and all(isinstance(row, dict) and not any(isinstance(value, (dict, list)) for value in row.values()) for row in rows)
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def plain_columns(rows: Sequence[Mapping]) -> list[str]:
+    "Columns of texts and numbers, in order of appearance; a column that holds a course or a list is detail for programs, not for tables."
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [column for column in columns if not any(isinstance(row.get(column), (list, dict)) for row in rows)]
 
 
 class Log:
@@ -156,12 +162,11 @@ class Result:
         return Path(out) / self.profile
 
     def write(self, out: str | Path) -> None:
-        "JSON for programs, CSV for people, both whole or not at all."
+        "JSON for programs, CSV (texts and numbers) for people, both whole or not at all."
         stem = self.folder(out) / self.experiment
         write_text(stem.with_suffix(".json"), json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
-        columns = list(dict.fromkeys(column for row in self.rows for column in row))
         table = io.StringIO()
-        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer = csv.DictWriter(table, plain_columns(self.rows), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(stem.with_suffix(".csv"), table.getvalue())
@@ -195,7 +200,7 @@ def _check(result: Result) -> None:
         if not isinstance(value := getattr(result, name), str) or not value or Path(value).name != value:
             raise ValueError(f"{name} is {str(value)[:40]!r}")
     if not _are_rows(result.rows) or not isinstance(result.about, dict):
-        raise ValueError("rows must be a list of objects of texts and numbers, and about an object")
+        raise ValueError("rows must be a list of objects, and about an object")
     for kind, names in _ABOUT.items():
         for name in names:
             if not isinstance(result.about.get(name), (kind, type(None))):
