@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -649,11 +650,18 @@ def _kind(optimiser) -> str:
     return type(optimiser).__qualname__
 
 
+def _is_checkpoint(tensors: Mapping[str, Tensor], meta: Mapping) -> bool:
+    "Whether all parts are there, and are as `_save` writes them."
+    rows = meta.get("history")
+    return ({"plan", "optimiser", "groups"} <= meta.keys() and isinstance(meta["plan"], dict) and isinstance(rows, list)
+            and all(isinstance(row, dict) for row in rows) and all(re.fullmatch(r"(model|optimiser\.\d+)\..+", key) for key in tensors))
+
+
 def _restore(path: str | Path, model: nn.Module, optimiser, plan: Plan) -> list[dict]:
     "Load model and optimiser from a checkpoint of the same plan; returns its history."
     tensors, meta = load_state(path)
     name = Path(path).name
-    if not {"plan", "optimiser", "groups", "history"} <= meta.keys():
+    if not _is_checkpoint(tensors, meta):
         raise StateError(f"{name} is not a checkpoint of fit")
     wanted = {**asdict(plan), "optimiser": _kind(optimiser)}
     for key, value in wanted.items():
