@@ -400,6 +400,9 @@ def verdict(rows: Sequence[dict]) -> str:
     for input in INPUTS[1:]:
         words.append(f"On {input}, prototypes that agree with their neighbours have {both(input, OURS)}, {over(input)} against the best k-means on the same vectors: {_aim(rows, input)}. "
                      f"Against k-means on the eigenvectors of the neighbours' graph it is {over(input, 'spectral, k-means')}, against plain cooling {over(input, COOLED)}.")
+    for input, method in itertools.product(INPUTS[1:], ("DEC", "IDEC")):
+        if seeds := len(column(rows, input, method, "acc")):
+            words.append(f"{method} on {input} has {both(input, method)} ({seeds} seed{'s' * (seeds > 1)}).")
     step = lambda a, b: np.mean(column(rows, b, BASE, "nmi")) - np.mean(column(rows, a, BASE, "nmi"))
     words.append(f"What is read counts too: NMI of plain k-means changes by {step('CLS', 'body'):+.3f} from CLS to the mean of the tokens, and by {step('body', INPUTS[-1]):+.3f} more with the subject line.")
     return " ".join(words)
@@ -409,7 +412,7 @@ def draw(result: Result, data: Posts, clusters: dict[tuple[str, str], np.ndarray
     "Figures: scores by input and method, what each part of ours buys, and the groups that clusters are made of."
     plots.use_style()
     result.save_figure(figure_scores(result), "scores", "ACC and NMI without labels, all methods on the same frozen vectors; dots are seeds, the dashed line is the best k-means plus 0.05.", out)
-    if column(result.rows, VARIED, f"{OURS}: {next(iter(VARIANTS))}", "nmi"):
+    if all(column(result.rows, VARIED, f"{OURS}: {name}", "nmi") for name in VARIANTS):
         result.save_figure(figure_variants(result), "variants", f"Ours on {VARIED} with one thing changed: label-free agreement and stability at the left, NMI at the right; dots are seeds.", out)
     both = {method: clusters[INPUTS[-1], method] for method in (BASE, OURS)}
     result.save_figure(figure_confusion(both, data), "confusion", f"Groups (rows) and the clusters matched to them (columns) on {INPUTS[-1]}, first seed; darker is a larger share of the group.", out)
