@@ -31,7 +31,7 @@ from ddcl_nb.progress import progress
 from ddcl_nb.quantize import DDCLQuantize, Encoder
 from ddcl_nb.sources import checked_encoding
 from ddcl_nb.stability import StabilityWarning, called, stability_report, watch
-from ddcl_nb.temperature import Anneal, critical_temperature, largest_variance, split_temperatures
+from ddcl_nb.temperature import Anneal, covariance, critical_temperature, largest_variance, split_temperatures
 from ddcl_nb.training import TensorBatches, bank_loss, banks, check_decomposition, fit, param_groups
 
 # --- which names have a property here
@@ -204,7 +204,7 @@ def test_bad_input_is_named(scene, what):
 
 # --- temperature
 
-@covers("temperature.largest_variance", "temperature.critical_temperature")
+@covers("temperature.largest_variance", "temperature.critical_temperature", "temperature.covariance")
 @given(scenes(counting=1), FACTORS, st.floats(-5, 5), JUNK, st.sampled_from(["full", "stop"]))
 def test_critical_temperature_is_of_the_cloud_alone(scene, c, shift, junk, grad):
     T, top, gen = critical_temperature(scene.z, mask=scene.mask, grad=grad), largest_variance(scene.z, mask=scene.mask), scene.generator()
@@ -215,6 +215,7 @@ def test_critical_temperature_is_of_the_cloud_alone(scene, c, shift, junk, grad)
     z, mask = padded(scene, junk, 3)
     near(critical_temperature(z, mask=mask, grad=grad), T, 1e-9, size)
     kept = scene.z[scene.keep]
+    near(torch.linalg.eigvalsh(covariance(kept, torch.ones(len(kept)))[1])[-1], top, 1e-9, size)
     near(critical_temperature(kept[torch.randperm(len(kept), generator=gen)], grad=grad), T, 1e-9, size)
     turn = torch.linalg.qr(torch.randn(scene.z.shape[-1], scene.z.shape[-1], generator=gen, dtype=torch.float64))[0]
     near(critical_temperature(scene.z.double() @ turn, mask=scene.mask, grad=grad), T, 1e-9, size)
@@ -903,11 +904,11 @@ def test_training_is_decided_by_its_seed(seed, tau, batch_size):
 
 WITHOUT = {
     "a whole study: its numbers are kept in results/, its parts are lessons of its notebook": {"experiments": ["*"]},
-    "what a study is made of, or where it was made; test_cli, test_report": {"experiments.registry": ["Experiment", "experiments", "provenance"]},
+    "what a study is made of, or where it was made; test_cli, test_report": {"experiments.registry": ["Experiment", "experiments", "provenance", "plain_columns", "stored_results"]},
     "records of claims; properties in test_claims": {"experiments.claims": ["Claim", "Evidence", "verdict", "conditions", "Record", "read_evidence", "anchor", "ledger", "ledger_table", "ledger_details"]},
     "commands, and what they print; run as people run them in test_cli, test_cli_fit and test_faults": {"cli": [
         "ddcl_command", "main", "fail", "one_line", "show", "get_data", "data_command", "chosen", "checked_profile", "writable", "data_of", "data_line", "say_data", "Reproduction", "finished", "note_finished",
-        "forget", "left_over", "run_one", "run_all", "with_earlier", "list_experiments", "say_comparison", "interruptible", "carry_out", "reproduce_command", "telling", "example_words", "nearest_to_prototypes",
+        "forget", "left_over", "run_one", "run_all", "with_earlier", "list_experiments", "say_comparison", "interruptible", "carry_out", "reproduce_command", "bench_one", "bench_command", "telling", "example_words", "nearest_to_prototypes",
         "say_clusters", "fit_facts", "fit_command", "predict_command", "the_row", "say_why", "say_evidence", "explain_command", "doctor_command", "counted", "say_examination"]},
     "reads or fetches one published data set, or finds it on this machine; test_data": {"data": [
         "DataNotFound", "DataUnreadable", "DownloadFailed", "cache_folder", "data_folders", "locate", "found_in", "fetch", "hub_url", "reading", "read_bytes", "fetched", "read_lines", "read_parquet", "write_gzip",
@@ -925,8 +926,10 @@ WITHOUT = {
     "draws a picture; looked at in its notebook, and drawn in test_explain": {"explain": ["draw_curves", "draw_tokens", "draw_cards"], "plots": ["use_style", "axes", "bank", "clusters", "history", "training_curves", "bars"]},
     "a part of a page; in a browser in test_page and test_report": {
         "page": ["neighbours", "training_lines", "Sample", "page_data", "write_model_page"],
-        "report": ["n_seeds", "title", "comparison", "mark", "key", "strip", "summary_table", "table_box", "table", "circumstances", "keys_and_measures", "methods_table", "methods", "seeds_table", "figure", "figures",
+        "report": ["n_seeds", "title", "comparison", "headlines", "mark", "key", "strip", "summary_table", "table_box", "table", "circumstances", "keys_and_measures", "methods_table", "methods", "seeds_table", "figure", "figures",
                    "section", "page", "overview", "write_report"]},
+    "what the processes of one run share; two real processes against one in test_distributed": {
+        "bank": ["following_together"], "training": ["OwnRows", "OwnBatches", "read_together", "Mean", "terms_of", "add_gradients", "same_start", "following", "same_run", "refuse_sharded"]},
     "what anchors an encoder while it trains, or stops it; test_training": {"training": ["Seen", "Anchored", "anchor_settings", "NonFiniteLoss"]},
 }
 
