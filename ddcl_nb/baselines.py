@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import sys
 from collections.abc import Callable
 from functools import cached_property
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +28,7 @@ from .layers import DDCLAttention, DDCLReadout, _unit, check_tokens, without_pad
 # %% auto #0
 __all__ = ['MECHANISMS', 'DEEP', 'Pooled', 'Mechanism', 'counted', 'over_tokens', 'nothing', 'AttentionPooling', 'CrossAttention',
            'Perceiver', 'PMA', 'SelfAttention', 'SlotAttention', 'AdaptiveSlotAttention', 'SlotMixture', 'NetVLAD',
-           'Prototypes', 'DeepClusters', 'deep_clusters']
+           'Prototypes', 'DeepClusters', 'clustpy_deep', 'deep_clusters']
 
 # %% ../nbs/library/09c_baselines.ipynb #3c5e601e
 class Pooled:
@@ -316,6 +318,15 @@ class DeepClusters(NamedTuple):
     code: np.ndarray  # `(N, width)`: the rows as the trained encoder sees them
 
 
+def clustpy_deep() -> ModuleType:
+    "The module `clustpy.deep`, with Python's recursion limit as it was: ClustPy lifts it on import, and endless recursion would then end the process."
+    limit = sys.getrecursionlimit()
+    try:
+        return require("clustpy.deep", "dev")
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def deep_clusters(method: str,  # one of `DEEP`
                   X: np.ndarray,  # `(N, m)`
                   n_clusters: int, *,
@@ -327,7 +338,7 @@ def deep_clusters(method: str,  # one of `DEEP`
         raise ValueError(f"method must be one of {', '.join(DEEP)}; got {method!r}")
     if not np.isfinite(X).all():
         raise ValueError(f"X holds {int((~np.isfinite(X)).sum())} NaN or infinite values")
-    estimator = getattr(require("clustpy.deep", "dev"), method)(
+    estimator = getattr(clustpy_deep(), method)(
         n_clusters, embedding_size=width, pretrain_epochs=pretrain_epochs, clustering_epochs=epochs, batch_size=batch_size, device="cpu", random_state=seed, **settings)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         X = np.asarray(X, np.float32)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .. import plots
 from ..assign import assignments
 from ..bank import PrototypeBank, initial_prototypes
-from ..baselines import deep_clusters
+from ..baselines import clustpy_deep, deep_clusters
 from ..data import DataNotFound, cache_folder, docstring_corpus, load_20newsgroups
 from ..encoders import Encoder, cache_key, embed_ids, masked_mean, token_ids
 from .registry import Experiment, Log, Result, check_profile, spread, with_spread
@@ -249,7 +249,7 @@ def trained(x: Tensor, n_clusters: int, seed: int, size: Size, settings: Agree =
 # %% ../../nbs/experiments/08_newsgroups.ipynb #news0024
 def deep(method: str, x: Tensor, n_clusters: int, seed: int, size: Size) -> np.ndarray:
     "DEC or IDEC with the budget of ours in rows: labels `(N,)`. Inputs get unit variance in the mean over their width."
-    network = require("clustpy.deep.neural_networks", "dev").FeedforwardAutoencoder
+    network = clustpy_deep().neural_networks.FeedforwardAutoencoder
     epochs = max(2, round(2 * size.steps * min(size.batch, len(x)) / len(x)))
     X = ((x - x.mean(0)) / (x - x.mean(0)).square().mean().sqrt()).numpy()
     return deep_clusters(method, X, n_clusters, width=20, pretrain_epochs=epochs // 2, epochs=epochs - epochs // 2, batch_size=256, seed=seed,
