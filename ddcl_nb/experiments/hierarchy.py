@@ -473,7 +473,7 @@ def figure_5_map(result: Result, data: Posts):
     n = len(data.labels)
     ours = np.array(next(row for row in result.rows if row["method"] == OURS)["topics"])[:n]
     papers = np.array(next(row for row in result.rows if row["method"] == PAPERS_STACK)["topics_last"])[:n]
-    figure, axes = _subplots(1, 3, figsize=(11, 3.7), sharex=True, sharey=True)
+    figure, axes = _subplots(1, 3, figsize=(8.8, 3.1), sharex=True, sharey=True)
     for ax, (title, labels) in zip(axes, (("true class", data.labels), ("level 2, paper's setting", match_clusters(data.labels, papers)), (f"level 2, {OURS}", match_clusters(data.labels, ours)))):
         plots.clusters(flat, labels, ax, size=5)
         ax.set(title=title, xlabel="", ylabel="", xticks=[], yticks=[])
