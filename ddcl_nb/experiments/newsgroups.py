@@ -419,7 +419,7 @@ def draw(result: Result, data: Posts, clusters: dict[tuple[str, str], np.ndarray
 
 
 def figure_scores(result: Result):
-    figure, axs = require("matplotlib.pyplot", "plots").subplots(len(INPUTS) - 1, 2, figsize=(10.5, 6), sharey="row", sharex="col")
+    figure, axs = require("matplotlib.pyplot", "plots").subplots(len(INPUTS) - 1, 2, figsize=(8.8, 5.4), sharey="row", sharex="col")
     for row, input in zip(axs, INPUTS[1:]):
         for ax, name in zip(row, ("acc", "nmi")):
             plots.bars({method: scores for method in METHODS if (scores := column(result.rows, input, method, name))}, ax, f"{name.upper()}, {input}")
@@ -439,7 +439,7 @@ def figure_variants(result: Result):
 
 
 def figure_confusion(clusters: dict[str, np.ndarray], data: Posts):
-    figure, axs = require("matplotlib.pyplot", "plots").subplots(1, len(clusters), figsize=(11, 5.4), sharey=True)
+    figure, axs = require("matplotlib.pyplot", "plots").subplots(1, len(clusters), figsize=(8.8, 4.6), sharey=True)
     K = len(data.label_names)
     for ax, (method, found) in zip(axs, clusters.items()):
         counts = np.zeros((K, max(K, match_clusters(data.labels, found).max() + 1)))
