@@ -7,8 +7,6 @@ after a warm-up, methods taking turns; each memory figure comes from a process o
 import argparse
 import json
 import os
-import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
 from ddcl_nb.assign import ddcl
+from ddcl_nb.benchmark import peak_so_far
 from ddcl_nb.experiments.registry import provenance
 from ddcl_nb.storage import write_text
 
@@ -109,14 +108,6 @@ def times(shape, runs, advance):
                 seconds[name].append(taken)
             advance()
     return seconds
-
-
-def peak_so_far():
-    "Largest resident size of this program in bytes. (`ru_maxrss` would begin at the size of the process that started it.)"
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_memory(name, shape):

@@ -9,7 +9,6 @@ output file already are kept, so that an interrupted run goes on; give another f
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
+from ddcl_nb.benchmark import peak_so_far
 from ddcl_nb.data import load_cifar10
 from ddcl_nb.experiments.registry import provenance
 from ddcl_nb.kmeans import kmeans, one_pass
@@ -62,11 +62,6 @@ def theirs(x, seed):
 
 
 METHODS = {"ours": ours, "scikit-learn": theirs}
-
-
-def peak_so_far():
-    "Largest resident size of this program in bytes."
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def one_fit(method, path, seed, threads):

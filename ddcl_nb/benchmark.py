@@ -37,11 +37,11 @@ from .extras import require
 from .storage import write_text
 
 # %% auto #0
-__all__ = ['TEMPERATURE', 'OURS', 'METHODS', 'OPERATIONS', 'WEIGHTS', 'Point', 'backward', 'ours', 'composed', 'vector_quantizer',
-           'mechanism', 'library_attention', 'fused_attention', 'products', 'gemm', 'Method', 'spared', 'axes',
-           'points', 'ready', 'in_words', 'take_turns', 'peak_so_far', 'raised_peak', 'peak_memory', 'tasks',
-           'expected_seconds', 'steps', 'measured_times', 'measure', 'flat', 'at', 'growth', 'slower_than_best',
-           'memory_of_input', 'aims', 'tables', 'style_of', 'figure_axis']
+__all__ = ['TEMPERATURE', 'OURS', 'METHODS', 'OPERATIONS', 'WEIGHTS', 'CANNOT', 'Point', 'backward', 'ours', 'composed',
+           'vector_quantizer', 'mechanism', 'library_attention', 'fused_attention', 'products', 'gemm', 'Method',
+           'spared', 'axes', 'points', 'ready', 'in_words', 'take_turns', 'peak_so_far', 'raised_peak', 'peak_memory',
+           'tasks', 'expected_seconds', 'steps', 'measured_times', 'measure', 'flat', 'at', 'growth',
+           'slower_than_best', 'memory_of_input', 'aims', 'tables', 'style_of', 'figure_axis']
 
 # %% ../nbs/library/11e_benchmark.ipynb #edf394f6
 @dataclass(frozen=True)
@@ -212,6 +212,10 @@ def ready(name: str, point: Point) -> Callable[[], float]:
     return timed
 
 
+CANNOT = (RuntimeError, ValueError, TypeError, ImportError)
+"How a method says that it cannot run at a point: a shape or a kind that it does not take, no memory, or a package that is missing."
+
+
 def in_words(error: Exception) -> str:
     "An error in one short line."
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
@@ -226,7 +230,7 @@ def take_turns(point: Point, names: Sequence[str], runs: int = 5, spend: float =
             passes[name] = ready(name, point)
             turn += passes[name]()
             found[name] = []
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+        except CANNOT as error:
             found[name] = in_words(error)
     for _ in range(max(runs, min(30, round(spend / max(turn, 1e-9))))):
         for name, run in passes.items():
@@ -263,7 +267,7 @@ def peak_memory(name: str, point: Point) -> int | str:
             return pool.submit(raised_peak, name, point).result()
     except BrokenProcessPool:
         return "the process was ended, as when memory runs out"
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+    except CANNOT as error:
         return in_words(error)
 
 # %% ../nbs/library/11e_benchmark.ipynb #cc4f431e

@@ -48,7 +48,7 @@ class TokenBudget:
     batch: int = 64
 
 
-BUDGETS = {"quick": TokenBudget(960, 400, 4, 480, 200, 4, 32, range(2), 2, 24), "full": TokenBudget(10000, 5000, 4, 2000, 908, 3, 128, range(5), 3)}
+BUDGETS = {"quick": TokenBudget(960, 400, 4, 480, 200, 4, 32, range(5), 2, 24), "full": TokenBudget(10000, 5000, 4, 2000, 908, 3, 128, range(5), 3)}
 
 
 def _subset(inputs: np.ndarray, labels: np.ndarray, n: int) -> tuple[Tensor, Tensor]:
