@@ -118,12 +118,12 @@ def training_curves(rows: Sequence[Mapping[str, float]], scores: Mapping[str, st
 
 # %% ../nbs/library/07_plots.ipynb #0ac35f99
 def bars(values: Mapping[str, Sequence[float]], ax: Axes | None = None, label: str = "") -> Axes:
-    "Mean, standard deviation and every single value of each named group, from top to bottom."
-    ax = axes(ax)
+    "Mean, standard deviation and every single value of each named group, from top to bottom; in one colour where the house palette is too short."
+    ax, colours = axes(ax), palette(len(values)) if len(values) <= len(COLOURS) else np.tile(palette(1), (len(values), 1))
     for i, (name, group) in enumerate(values.items()):
         group = np.asarray(group, float)
         spread = group.std(ddof=1) if len(group) > 1 else 0.0
-        ax.barh(i, group.mean(), xerr=spread, color=palette(len(values))[i], alpha=0.55, height=0.65, capsize=3)
+        ax.barh(i, group.mean(), xerr=spread, color=colours[i], alpha=0.55, height=0.65, capsize=3)
         ax.plot(group, i + np.linspace(-0.18, 0.18, len(group)), ".", color="0.15", ms=3.5)
     ax.set_yticks(range(len(values)), list(values))
     if not ax.yaxis_inverted():
