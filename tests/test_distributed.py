@@ -33,6 +33,15 @@ LABELS = torch.randint(3, (24,), generator=torch.Generator().manual_seed(2))
 SETTINGS = dict(epochs=4, batch_size=7, anneal=Anneal(0.9, 0.05), seed=3, init="kmeans")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    "The one process computes as each of the two does: sums of several threads differ in their last bits."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Net(nn.Module):
     "Two heads behind a linear map, nothing random."
 
