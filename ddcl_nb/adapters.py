@@ -11,7 +11,8 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -249,6 +250,18 @@ def token_mask(attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
     return attention_mask.bool()
 
 # %% ../nbs/library/09b_adapters.ipynb #290bfe4c
+@contextmanager
+def _readable(name: str | Path, kind: type) -> Iterator[None]:
+    "Whatever a file that is not as it should be makes of the reading, as a `ValueError` of one line."
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:300]
+        raise ValueError(f"{name} holds nothing that {kind.__name__} can be built from: {type(error).__name__}: {reason}") from error
+
+
 class DDCLPreTrainedModel(PreTrainedModel):
     "What the models have in common: `from_encoder`, and loading from safetensors and JSON only."
     config_class = DDCLConfig
@@ -268,11 +281,12 @@ class DDCLPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        "A saved model, by its folder or its name on the hub. Errors: ValueError for remote code, pickles, and files with weights missing; OSError where nothing is."
+        "A saved model, by its folder or its name on the hub. Errors: ValueError for remote code, pickles, files with weights missing and configurations of nothing; OSError where nothing is."
         if kwargs.pop("trust_remote_code", False) or not kwargs.pop("use_safetensors", True):
             raise ValueError("trust_remote_code and use_safetensors=False: remote code and pickles are never loaded")
         wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, output_loading_info=True, **kwargs)
+        with _readable(pretrained_model_name_or_path, cls):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, output_loading_info=True, **kwargs)
         for bank in banks(model).values():
             bank.calibrated = bank.calibrated.bool()
         missing = sorted(name for name in info["missing_keys"] if not name.startswith("classifier."))

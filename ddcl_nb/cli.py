@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from ddcl_nb.experiments.registry import Experiment, Result
 
 # %% auto #0
-__all__ = ['app', 'DataFile', 'ModelFolder', 'EncoderOption', 'EncodingOption', 'SkipOption', 'JsonOption', 'DebugOption',
-           'SUITES', 'ddcl_command', 'main', 'fail', 'words', 'one_line', 'show', 'get_data', 'data_command',
-           'seeds_of', 'chosen', 'checked_profile', 'writable', 'data_of', 'data_line', 'say_data', 'Reproduction',
-           'finished', 'note_finished', 'forget', 'left_over', 'run_one', 'run_all', 'with_earlier', 'list_experiments',
-           'say_comparison', 'interruptible', 'carry_out', 'reproduce_command', 'telling', 'clusters_asked', 'plain',
-           'example_words', 'nearest_to_prototypes', 'say_clusters', 'fit_facts', 'fit_command', 'predict_command',
-           'the_row', 'heat', 'say_why', 'say_evidence', 'explain_command', 'doctor_command', 'counted',
-           'say_examination', 'bench_one', 'bench_command']
+__all__ = ['app', 'MOST_SEEDS', 'DataFile', 'ModelFolder', 'EncoderOption', 'EncodingOption', 'SkipOption', 'JsonOption',
+           'DebugOption', 'SUITES', 'ddcl_command', 'main', 'fail', 'words', 'one_line', 'show', 'get_data',
+           'data_command', 'seeds_of', 'chosen', 'checked_profile', 'writable', 'data_of', 'data_line', 'say_data',
+           'Reproduction', 'finished', 'note_finished', 'forget', 'left_over', 'run_one', 'run_all', 'with_earlier',
+           'list_experiments', 'say_comparison', 'interruptible', 'carry_out', 'reproduce_command', 'telling',
+           'clusters_asked', 'plain', 'example_words', 'nearest_to_prototypes', 'say_clusters', 'fit_facts',
+           'fit_command', 'predict_command', 'the_row', 'heat', 'say_why', 'say_evidence', 'explain_command',
+           'doctor_command', 'counted', 'say_examination', 'bench_one', 'bench_command']
 
 # %% ../nbs/library/12_cli.ipynb #22a8c35c
 app = typer.Typer(name="ddcl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,6 +120,9 @@ def data_command(download: Annotated[Optional[str], typer.Option(metavar="NAME",
             show(list(rows[0]), [list(row.values()) for row in rows])
 
 # %% ../nbs/library/12_cli.ipynb #6a9d1594
+MOST_SEEDS = 10_000
+
+
 def seeds_of(text: str | None) -> list[int] | None:
     "`'3'` is three seeds 0, 1, 2; `'4,7'` are these two; None leaves the choice to the profile."
     if text is None:
@@ -128,9 +131,9 @@ def seeds_of(text: str | None) -> list[int] | None:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = []
-    seeds = numbers if "," in text else list(range(numbers[0])) if numbers else []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        fail(f"--seeds: a number of seeds (at least 1) or different seeds with commas, such as 5 or 0,1,2; got {text!r}", 2)
+    seeds = numbers if "," in text else list(range(min(numbers[0], MOST_SEEDS + 1))) if numbers else []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds) or len(seeds) > MOST_SEEDS:
+        fail(f"--seeds: a number of seeds (1 to {MOST_SEEDS:,}) or different seeds with commas, such as 5 or 0,1,2; got {text!r}", 2)
     return seeds
 
 # %% ../nbs/library/12_cli.ipynb #3cfcbe5c

@@ -162,7 +162,8 @@ def test_debug_shows_the_traceback(toys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--only", "cherry"], "--only: no experiment 'cherry'; there are apple, banana"), (["--profile", "huge"], "--profile: must be one of quick, full; got 'huge'"),
-    (["--seeds", "x"], "--seeds: a number of seeds (at least 1) or different seeds with commas, such as 5 or 0,1,2; got 'x'"),
+    (["--seeds", "x"], "--seeds: a number of seeds (1 to 10,000) or different seeds with commas, such as 5 or 0,1,2; got 'x'"),
+    (["--seeds", "99999999999"], "--seeds: a number of seeds (1 to 10,000) or different seeds with commas, such as 5 or 0,1,2; got '99999999999'"),
     (["--out", "file/results"], "--out: cannot write in 'file/results' (Not a directory)"), (["--report", "file/index.html"], "--report: cannot write in 'file' (File exists)"),
     (["--report", "."], "--report: '.' is a folder; give the name of a file")])
 def test_what_cannot_be_asked(toys, arguments, message):

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from test_sources import mutated
 
 from ddcl_nb import fitted
-from ddcl_nb.adapters import DDCLPooling
+from ddcl_nb.adapters import DDCLForSequenceClassification, DDCLPooling
 from ddcl_nb.bank import PrototypeBank
 from ddcl_nb.cli import Reproduction, finished, left_over
 from ddcl_nb.estimators import DDCLClusterer
@@ -108,6 +109,15 @@ def a_result(folder):
     return folder / "quick" / "toy.json"
 
 
+def a_model(folder):
+    "A tiny BERT under a readout, as a folder of transformers; its configuration."
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    encoder = transformers.BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    DDCLForSequenceClassification.from_encoder(transformers.BertModel(encoder), n_prototypes=2, num_labels=2).save_pretrained(folder)
+    return folder / "config.json"
+
+
 def used(clusterer):
     clusterer.predict_proba(X), clusterer.transform(X), clusterer.score(X), clusterer.partial_fit(X)
 
@@ -125,6 +135,7 @@ READERS = {
                  lambda path: (finished(a_plan(path.parents[1])), left_over(a_plan(path.parents[1]), a_plan(path.parents[1]).experiments[0])), (scramble, rewrite), ()),
     "evidence": (lambda folder: (folder / "theory").mkdir() or (folder / "theory" / "a.json").write_text(json.dumps([vars(a_fact())])) and folder / "theory" / "a.json",
                  lambda path: read_evidence(path.parents[1]), (scramble, rewrite), ValueError),
+    "model": (a_model, lambda path: DDCLForSequenceClassification.from_pretrained(path.parent), (scramble, rewrite), (ValueError, OSError)),
     "pooling": (lambda folder: DDCLPooling(4, 2).save(str(folder)) or folder / "config.json", lambda path: DDCLPooling.load(str(path.parent)), (scramble, rewrite), (ValueError, OSError)),
 }
 
