@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'TILES_PER_SLAB', 'ELEMENTS_PER_CHUNK', 'SMALL', 'PASSES', 'definition', 'matmul_form',
-           'Moments', 'merge', 'Slab', 'slabs', 'moments', 'finish', 'Saved', 'Gradients', 'is_small', 'fused_forward',
-           'fused_backward', 'fused']
+__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'ELEMENTS_PER_CHUNK', 'SMALL', 'PASSES', 'definition', 'matmul_form', 'Moments',
+           'merge', 'Tile', 'tile_size', 'tiles', 'moments', 'finish', 'Saved', 'Gradients', 'is_small',
+           'fused_forward', 'fused_backward', 'fused']
 
 # %% ../nbs/library/000_kernels.ipynb #d780f9b0
 def _outputs(z, bank, T, squared, through, second_moment=None):
@@ -76,39 +76,30 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 # %% ../nbs/library/000_kernels.ipynb #5f1363be
 LOG2E = 1 / math.log(2)
-PROTOTYPES_PER_TILE, TILES_PER_SLAB = 1024, 16
+PROTOTYPES_PER_TILE = {"cpu": 2**10, "cuda": 2**14}
 ELEMENTS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
-"Numbers alive at one time in a chunk, by device type: what the caches like (measured)."
+"By device type: prototypes that tokens meet at one time, and numbers alive at one time; what the caches like (measured on CPUs)."
 
 
-class Slab(NamedTuple):
-    "Consecutive prototypes in `t` tiles of `k`, the last one filled up with zeros."
-    table: Tensor  # (t, k, m + 2): rows [p, |p|^2 / 2, 1]
-    bank: Tensor  # (t, k, m)
-    norms: Tensor  # (t, k): |p|^2
+class Tile(NamedTuple):
+    "Consecutive prototypes of a bank."
+    table: Tensor  # (k, m + 2): rows [p, |p|^2 / 2, 1]
+    bank: Tensor  # (k, m)
+    norms: Tensor  # (k,): |p|^2
     start: int  # place of the first prototype in the bank
-    size: int  # prototypes that are not filling
-
-    @property
-    def spare(self) -> int:
-        return self.norms.numel() - self.size
 
 
-def _slab(bank: Tensor, start: int) -> Slab:
-    t = -(-len(bank) // PROTOTYPES_PER_TILE)
-    k = -(-len(bank) // t)
-    k = k if t == 1 else -(-k // 64) * 64
-    t = -(-len(bank) // k)
-    full = bank.contiguous() if t * k == len(bank) else torch.nn.functional.pad(bank, (0, 0, 0, t * k - len(bank)))
-    norms = full.square().sum(-1, keepdim=True)
-    table = torch.cat([full, norms / 2, torch.ones_like(norms)], -1)
-    return Slab(*(x.view(t, k, *x.shape[1:]) for x in (table, full, norms[:, 0])), start, len(bank))
+def tile_size(n_prototypes: int, device: torch.device) -> int:
+    "Prototypes of a tile: the whole bank, or equal parts in whole blocks of 64."
+    t = -(-n_prototypes // PROTOTYPES_PER_TILE.get(device.type, 2**10))
+    return n_prototypes if t == 1 else -(-n_prototypes // (64 * t)) * 64
 
 
-def slabs(bank: Tensor, start: int = 0) -> list[Slab]:
-    "A bank (K, m) cut into slabs that a chunk of tokens meets one after the other."
-    size = PROTOTYPES_PER_TILE * TILES_PER_SLAB
-    return [_slab(bank[i:i + size], start + i) for i in range(0, len(bank), size)]
+def tiles(bank: Tensor, start: int = 0) -> list[Tile]:
+    "A bank (K, m) cut into tiles that a chunk of tokens meets one after the other."
+    norms, size = bank.square().sum(-1, keepdim=True), tile_size(len(bank), bank.device)
+    table = torch.cat([bank, norms / 2, torch.ones_like(norms)], -1)
+    return [Tile(*parts, start + i * size) for i, parts in enumerate(zip(*(x.split(size) for x in (table, bank, norms[:, 0]))))]
 
 
 def _chunks(n: int, n_prototypes: int, width: int, device: torch.device) -> list[slice]:
@@ -117,55 +108,40 @@ def _chunks(n: int, n_prototypes: int, width: int, device: torch.device) -> list
     return [slice(start, min(start + rows, n)) for start in range(0, max(n, 1), rows)]
 
 # %% ../nbs/library/000_kernels.ipynb #c90e4bd2
-def _nearest(differences: Tensor, top: Tensor) -> Tensor:
-    "Where (n,) the logits (t, n, k) minus their largest are zero; the first place of several."
-    t, n, k = differences.shape
-    if t == 1 and k <= 512 and top.device.type == "cpu" and not torch.compiler.is_compiling():
+def _nearest(differences: Tensor) -> Tensor:
+    "Where (n,) the logits (n, k) minus their largest are zero; the first place of several."
+    n, k = differences.shape
+    if k <= 512 and differences.device.type == "cpu" and not torch.compiler.is_compiling():
         codes = torch.arange(1024, 1024 + k, device=differences.device, dtype=differences.dtype)
-        code = differences[0].sign() @ codes + codes.sum()  # the code of the only zero; more than 2047 for several
+        code = differences.sign() @ codes + codes.sum()  # the code of the only zero; more than 2047 for several
         if (code < 2048).all():
             return code.long() - 1024
     if k % 64 == 0 and k > 64:
-        blocks = differences.view(t, n, k // 64, 64)
-        block = blocks.amax(-1).transpose(0, 1).reshape(n, -1).argmax(-1)
-        inside = blocks[block // (k // 64), torch.arange(n, device=top.device), block % (k // 64)]
-        return block * 64 + inside.argmax(-1)
-    return differences.transpose(0, 1).reshape(n, -1).argmax(-1)
-
-
-def _places(index: Tensor, n: int, k: int, rows: int, first: int = 0) -> Tensor:
-    "Flat positions of prototype `index[i]` for token `i` in an array (t, rows, k) whose tokens begin at row `first`."
-    return (index // k * rows + torch.arange(first, first + n, device=index.device)) * k + index % k
+        blocks = differences.view(n, k // 64, 64)
+        block = blocks.amax(-1).argmax(-1)
+        return block * 64 + blocks[torch.arange(n, device=differences.device), block].argmax(-1)
+    return differences.argmax(-1)
 
 # %% ../nbs/library/000_kernels.ipynb #97d45c8e
-def _products(rows: Tensor, table: Tensor, spare: int, memory: Tensor) -> Tensor:
-    "Rows (n, m') times the tiles (t, k, m') of a slab, into `memory`: (t, n, k), minus infinity where a tile is filled up."
+def _products(rows: Tensor, table: Tensor, memory: Tensor) -> Tensor:
+    "Rows (n, m') times the table (k, m') of a tile, into `memory`: (n, k)."
     if torch.compiler.is_compiling():
-        products = rows @ table.mT
-    else:
-        products = memory[:len(table) * len(rows) * table.shape[1]].view(len(table), len(rows), table.shape[1])
-        for tile, out in zip(table, products):
-            torch.mm(rows, tile.mT, out=out)
-    if spare:
-        products[-1, :, table.shape[1] - spare:] = -torch.inf
-    return products
+        return rows @ table.mT
+    return torch.mm(rows, table.mT, out=memory[:len(rows) * len(table)].view(len(rows), len(table)))
 
 
-def _slab_moments(x: Tensor, T: Tensor, slab: Slab, memory: Tensor) -> Moments:
-    "Moments of one slab for a chunk of tokens (n, m); `memory` is overwritten."
-    (n, m), (t, k) = x.shape, slab.norms.shape
-    scale = 2 / T
-    rows = torch.nn.functional.pad(x, (0, 1), value=-1.0).mul_(scale)
-    w = _products(rows, slab.table[..., :-1], slab.spare, memory)
-    top = w.amax((0, 2)) if t == 1 else w.amax(-1).amax(0)
-    index = _nearest(w.sub_(top[:, None]), top)
-    w.exp_().view(-1).scatter_(0, _places(index, n, k, n), 0)
-    first, second, others = w[0] @ slab.bank[0], w[0] @ slab.norms[0], w[0].sum(-1)
-    for i in range(1, t):
-        first.addmm_(w[i], slab.bank[i])
-        second.addmv_(w[i], slab.norms[i])
-        others += w[i].sum(-1)
-    return Moments(top, index + slab.start, slab.bank.view(-1, m).index_select(0, index), others, first, second)
+def _asking(x: Tensor, T: Tensor) -> Tensor:
+    "Rows (n, m + 1) of a chunk whose products with [p, |p|^2 / 2] are logits."
+    return torch.nn.functional.pad(x, (0, 1), value=-1.0).mul_(2 / T)
+
+
+def _tile_moments(asking: Tensor, tile: Tile, memory: Tensor) -> Moments:
+    "Moments of one tile for a chunk of tokens; `memory` is overwritten."
+    w = _products(asking, tile.table[:, :-1], memory)
+    top = w.amax(-1)
+    index = _nearest(w.sub_(top[:, None]))
+    w.exp_().scatter_(1, index[:, None], 0)
+    return Moments(top, index + tile.start, tile.bank.index_select(0, index), w.sum(-1), w @ tile.bank, w @ tile.norms)
 
 
 def moments(x: Tensor,  # `(n, m)`, with the same origin as the bank
@@ -174,11 +150,10 @@ def moments(x: Tensor,  # `(n, m)`, with the same origin as the bank
             *,
             start: int = 0,  # place of the slice in the bank
             ) -> Moments:
-    "The moments of a slice of the bank, a slab at a time: numbers alive are `n` times at most 16,384."
-    T = torch.as_tensor(T, dtype=x.dtype, device=x.device)
-    pieces = slabs(bank, start)
-    memory = x.new_empty(x.shape[0] * max(s.norms.numel() for s in pieces))
-    return reduce(merge, (_slab_moments(x, T, s, memory) for s in pieces))
+    "The moments of a slice of the bank, a tile at a time: numbers alive are `n` times the prototypes of a tile."
+    T, pieces = torch.as_tensor(T, dtype=x.dtype, device=x.device), tiles(bank, start)
+    asking, memory = _asking(x, T), x.new_empty(x.shape[0] * len(pieces[0].norms))
+    return reduce(merge, (_tile_moments(asking, tile, memory) for tile in pieces))
 
 # %% ../nbs/library/000_kernels.ipynb #ff3fc5da
 def finish(x: Tensor, found: Moments, T: Tensor, n_prototypes: int) -> tuple[Tensor, ...]:
@@ -207,20 +182,21 @@ class Saved(NamedTuple):
 
 def _rows(N: int, n_prototypes: int, width: int, device) -> list[slice]:
     "Chunks for the fused passes: two arrays of weights, and a dozen vectors a token."
-    n = max(64, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (2 * min(n_prototypes, PROTOTYPES_PER_TILE * TILES_PER_SLAB) + 4 * width))
+    n = max(64, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (2 * tile_size(n_prototypes, device) + 4 * width))
     return [slice(start, min(start + n, N)) for start in range(0, max(N, 1), n)]
 
 
 def _forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
     "One head: centroids (N, m), five terms and the index (N,), and what is saved beside them: centred centroids, top, others."
     (N, m), origin = z.shape, bank.mean(0)
-    pieces, chunks = slabs(bank - origin), _rows(N, *bank.shape, z.device)
+    pieces, chunks = tiles(bank - origin), _rows(N, *bank.shape, z.device)
     out, centred, top, others = torch.empty_like(z), torch.empty_like(z), z.new_empty(N), z.new_empty(N)
     terms, index = [z.new_empty(N) for _ in range(5)], torch.empty(N, dtype=torch.int64, device=z.device)
-    memory = z.new_empty((chunks[0].stop) * max(s.norms.numel() for s in pieces))
+    memory = z.new_empty(chunks[0].stop * len(pieces[0].norms))
     for rows in chunks:
         x = z[rows] - origin
-        found = reduce(merge, (_slab_moments(x, T, s, memory) for s in pieces))
+        asking = _asking(x, T)
+        found = reduce(merge, (_tile_moments(asking, tile, memory) for tile in pieces))
         centroid, *values = finish(x, found, T, len(bank))
         torch.add(centroid, origin, out=out[rows])
         for store, value in zip([centred, *terms, top, others, index], [centroid, *values, found.top, found.others, found.index]):
@@ -309,38 +285,33 @@ def _stack(x, saved: Saved, T, fixed, asked, mean) -> _Stack:
     return _Stack(rows[:u + n], rows[n:, :-1], u)
 
 
-def _weights(stack: _Stack, slab: Slab, index: Tensor, memory: Tensor, entropy: Tensor | None, with_logs: bool):
-    "`w` (t, n, k) relative to the nearest prototype, and `t = w (u - mean) ln 2` without the nearest; logarithms of w where asked for."
-    (t, k), u, n = slab.norms.shape, stack.u, index.shape[0]
-    both = _products(stack.asked, slab.table, 0, memory)
-    w, moved = both[:, u:], both[:, :u]
-    if slab.spare:
-        w[-1, :, k - slab.spare:] = -torch.inf
+def _weights(stack: _Stack, tile: Tile, index: Tensor, memory: Tensor, entropy: Tensor | None, with_logs: bool):
+    "`t = w (u - mean) ln 2` without the nearest above `w` relative to the nearest, both (n, k); t alone; logarithms of w where asked for."
+    u, k = stack.u, len(tile.norms)
+    both = _products(stack.asked, tile.table, memory)
+    moved, w = both[:u], both[u:]
     logs = w.clamp_min(-1100) if with_logs else None
     torch.exp2(w, out=w)
     if u:
         if entropy is not None:
             moved.addcmul_(entropy[:, None], logs, value=-1)
         moved.mul_(w)
-    local = index - slab.start
-    here = (local >= 0) & (local < slab.size)
-    places = _places(local.clamp(0, slab.size - 1), n, k, u + n)
-    flat = both.view(-1)
-    flat.scatter_(0, places + u * k, torch.where(here, 1, flat[places + u * k]))
-    if u:
-        flat.scatter_(0, places, torch.where(here, 0, flat[places]))
-    return both, moved, logs, (here, places, flat)
+    local = (index - tile.start)[:, None]
+    here, column = (local >= 0) & (local < k), local.clamp(0, k - 1)
+    for weights, own in ((w, 1), (moved, 0))[:1 + bool(u)]:
+        weights.scatter_(1, column, torch.where(here, own, weights.gather(1, column)))
+    return both, moved, logs
 
 # %% ../nbs/library/000_kernels.ipynb #1107efaf
 def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Tensor]:
     "Gradients of one head with respect to tokens (N, m), prototypes (K, m) and temperature ()."
     (N, m), origin, scale = z.shape, bank.mean(0), 2 * LOG2E / T
     bank = bank - origin
-    pieces, chunks = slabs(bank), _rows(N, *bank.shape, z.device)
-    sums = [z.new_zeros(len(s.norms), m + 1, s.norms.shape[1]) for s in pieces]
+    pieces, chunks = tiles(bank), _rows(N, *bank.shape, z.device)
+    sums = [z.new_zeros(m + 1, len(tile.norms)) for tile in pieces]
     late = z.new_zeros(len(bank), m + 1) if len(pieces) > 1 else None
     dz, dT = torch.empty_like(z), z.new_zeros(())
-    memory = z.new_empty(2 * chunks[0].stop * max(s.norms.numel() for s in pieces))
+    memory = z.new_empty(2 * chunks[0].stop * len(pieces[0].norms))
     for rows in chunks:
         x, part, own = z[rows] - origin, g.part(rows), Saved(*(s[rows] for s in saved))
         fixed, asked, mean = _wishes(x, own, part, through)
@@ -350,22 +321,18 @@ def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Te
             entropy = entropy / (1 + own.others) / LOG2E**2
         stack = _stack(x, own, T, fixed, asked, mean)
         pull, total = None, x.new_zeros(len(x))
-        for slab, into in zip(pieces, sums):
-            both, moved, logs, (here, places, flat) = _weights(stack, slab, own.index, memory, entropy, bool(stack.u) and (entropy is not None or needs[2]))
+        for tile, into in zip(pieces, sums):
+            both, moved, logs = _weights(stack, tile, own.index, memory, entropy, bool(stack.u) and (entropy is not None or needs[2]))
             if stack.u:
-                rest = x.new_zeros(len(x))
-                for i, t in enumerate(moved):
-                    if needs[0]:
-                        pull = t @ slab.bank[i] if pull is None else pull.addmm_(t, slab.bank[i])
-                    rest += t.sum(-1)
-                total += rest
+                if needs[0]:
+                    pull = moved @ tile.bank if pull is None else pull.addmm_(moved, tile.bank)
+                total += moved.sum(-1)
                 if needs[2]:
                     dT -= (moved * logs).sum() / T
                 if late is None:
-                    flat.scatter_(0, places, -rest)
+                    moved.scatter_(1, own.index[:, None], -total[:, None])
             if needs[1]:
-                for i in range(len(into)):
-                    into[i].addmm_(stack.given.mT, both[i])
+                into.addmm_(stack.given.mT, both)
         if stack.u:
             if needs[0]:
                 pull.addcmul_(total[:, None], bank.index_select(0, own.index), value=-1)
@@ -377,7 +344,7 @@ def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Te
             dz[rows] = held
         else:
             torch.addcmul(held, pull, scale, out=dz[rows])
-    by = torch.cat([s.mT.reshape(-1, m + 1)[:p.size] for s, p in zip(sums, pieces)])
+    by = torch.cat([into.mT for into in sums])
     if late is not None:
         by += late
     if g.free_energy is not None:
@@ -403,7 +370,7 @@ def _small_terms(x, q, p, norms, between, T):
     dot, scale = torch.linalg.vecdot, 2 / T
     logs = torch.addmm(norms * (-scale / 2), x, p.mT * scale)
     top = logs.amax(-1)
-    index = _nearest(logs.sub_(top[:, None])[None], top)
+    index = _nearest(logs.sub_(top[:, None]))
     torch.exp(logs, out=q)
     excess, place = dot(q, logs), index[:, None]
     others = q.scatter_(1, place, 0).sum(-1)
