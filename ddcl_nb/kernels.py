@@ -8,17 +8,21 @@ Docs: https://ddcl-nb.github.io/ddcl_nb/library/kernels.html.md"""
 from __future__ import annotations
 
 import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from operator import add
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'ELEMENTS_PER_CHUNK', 'SMALL', 'PASSES', 'definition', 'matmul_form', 'Moments',
-           'merge', 'Tile', 'tile_size', 'tiles', 'moments', 'finish', 'Saved', 'Gradients', 'is_small',
-           'fused_forward', 'fused_backward', 'fused']
+__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'ELEMENTS_PER_CHUNK', 'R', 'SMALL', 'PASSES', 'definition', 'matmul_form', 'Moments',
+           'merge', 'Tile', 'tile_size', 'tiles', 'moments', 'finish', 'cores', 'on_cores', 'even_chunks', 'Saved',
+           'Gradients', 'is_small', 'fused_forward', 'fused_backward', 'fused']
 
 # %% ../nbs/library/000_kernels.ipynb #d780f9b0
 def _outputs(z, bank, T, squared, through, second_moment=None):
@@ -77,8 +81,8 @@ def merge(a: Moments, b: Moments) -> Moments:
 # %% ../nbs/library/000_kernels.ipynb #5f1363be
 LOG2E = 1 / math.log(2)
 PROTOTYPES_PER_TILE = {"cpu": 2**10, "cuda": 2**14}
-ELEMENTS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**26}
-"By device type: prototypes that tokens meet at one time, and numbers alive at one time; what the caches like (measured on CPUs)."
+ELEMENTS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}
+"By device type: prototypes that tokens meet at one time, and numbers alive at one time on each core or device; what the caches like (measured on CPUs)."
 
 
 class Tile(NamedTuple):
@@ -169,6 +173,48 @@ def finish(x: Tensor, found: Moments, T: Tensor, n_prototypes: int) -> tuple[Ten
     entropy = (log_z + excess / T).clamp_max_(math.log(n_prototypes))
     return shift.add_(found.nearest), squared + excess, recon, variance, entropy, squared - T * log_z
 
+# %% ../nbs/library/000_kernels.ipynb #c0e5c0de
+R = TypeVar("R")
+_POOLS: dict[int, ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_POOLS.clear)
+
+
+def _pool(n: int) -> ThreadPoolExecutor:
+    "`n` threads whose operations run on one core each; made once."
+    if n not in _POOLS:
+        pool, here = ThreadPoolExecutor(n, "ddcl-core", torch.set_num_threads, (1,)), threading.Barrier(n)
+        list(pool.map(lambda _: here.wait(), range(n)))
+        torch.set_num_threads(n)  # the last word said is where every thread to come starts
+        _POOLS[n] = pool
+    return _POOLS[n]
+
+
+def cores(device: torch.device) -> int:
+    "How many chunks are worked on at one time: PyTorch's number of threads on a CPU, and one where somebody watches the operations of this thread."
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return 1 if device.type != "cpu" or watched or threading.current_thread().name.startswith("ddcl-core") else torch.get_num_threads()
+
+
+def on_cores(work: Callable[[Sequence[slice]], R], chunks: Sequence[slice], device: torch.device) -> list[R]:
+    "What `work` makes of each core's share of the chunks, in the same order every time; without gradients."
+    n = min(cores(device), len(chunks))
+    if n == 1:
+        return [work(chunks)]
+    inference = torch.is_inference_mode_enabled()
+
+    def alone(share: Sequence[slice]) -> R:
+        with torch.inference_mode(inference), torch.no_grad():
+            return work(share)
+
+    return list(_pool(n).map(alone, [chunks[i::n] for i in range(n)]))
+
+
+def even_chunks(N: int, rows: int, device: torch.device) -> list[slice]:
+    "Slices of N rows, of nearly equal size: at most `rows`, and as many for every core unless they had less than an eighth of that."
+    n = max(1, -(-N // rows))
+    n = max(n, min(-(-n // cores(device)) * cores(device), N // max(64, rows // 8)))
+    return [slice(N * i // n, N * (i + 1) // n) for i in range(n)]
+
 # %% ../nbs/library/000_kernels.ipynb #51226bba
 class Saved(NamedTuple):
     "What the backward pass keeps beside its inputs: O(N m) numbers."
@@ -183,7 +229,11 @@ class Saved(NamedTuple):
 def _rows(N: int, n_prototypes: int, width: int, device) -> list[slice]:
     "Chunks for the fused passes: two arrays of weights, and a dozen vectors a token."
     n = max(64, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (2 * tile_size(n_prototypes, device) + 4 * width))
-    return [slice(start, min(start + n, N)) for start in range(0, max(N, 1), n)]
+    return even_chunks(N, n, device)
+
+
+def _longest(chunks: Sequence[slice]) -> int:
+    return max(rows.stop - rows.start for rows in chunks)
 
 
 def _forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
@@ -192,15 +242,19 @@ def _forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
     pieces, chunks = tiles(bank - origin), _rows(N, *bank.shape, z.device)
     out, centred, top, others = torch.empty_like(z), torch.empty_like(z), z.new_empty(N), z.new_empty(N)
     terms, index = [z.new_empty(N) for _ in range(5)], torch.empty(N, dtype=torch.int64, device=z.device)
-    memory = z.new_empty(chunks[0].stop * len(pieces[0].norms))
-    for rows in chunks:
-        x = z[rows] - origin
-        asking = _asking(x, T)
-        found = reduce(merge, (_tile_moments(asking, tile, memory) for tile in pieces))
-        centroid, *values = finish(x, found, T, len(bank))
-        torch.add(centroid, origin, out=out[rows])
-        for store, value in zip([centred, *terms, top, others, index], [centroid, *values, found.top, found.others, found.index]):
-            store[rows] = value
+
+    def work(share):
+        memory = z.new_empty(_longest(share) * len(pieces[0].norms))
+        for rows in share:
+            x = z[rows] - origin
+            asking = _asking(x, T)
+            found = reduce(merge, (_tile_moments(asking, tile, memory) for tile in pieces))
+            centroid, *values = finish(x, found, T, len(bank))
+            torch.add(centroid, origin, out=out[rows])
+            for store, value in zip([centred, *terms, top, others, index], [centroid, *values, found.top, found.others, found.index]):
+                store[rows] = value
+
+    on_cores(work, chunks, z.device)
     return [out, *terms, index, centred, top, others]
 
 # %% ../nbs/library/000_kernels.ipynb #61a84ebd
@@ -303,16 +357,13 @@ def _weights(stack: _Stack, tile: Tile, index: Tensor, memory: Tensor, entropy: 
     return both, moved, logs
 
 # %% ../nbs/library/000_kernels.ipynb #1107efaf
-def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Tensor]:
-    "Gradients of one head with respect to tokens (N, m), prototypes (K, m) and temperature ()."
-    (N, m), origin, scale = z.shape, bank.mean(0), 2 * LOG2E / T
-    bank = bank - origin
-    pieces, chunks = tiles(bank), _rows(N, *bank.shape, z.device)
+def _share_backward(share, pieces, z, origin, bank, T, saved: Saved, g: Gradients, through, needs, dz) -> tuple[Tensor, Tensor]:
+    "A share of the chunks: gradients of the tokens go to `dz`; sums for the bank (K, m + 1) and the gradient of the temperature ()."
+    m, scale = z.shape[1], 2 * LOG2E / T
     sums = [z.new_zeros(m + 1, len(tile.norms)) for tile in pieces]
     late = z.new_zeros(len(bank), m + 1) if len(pieces) > 1 else None
-    dz, dT = torch.empty_like(z), z.new_zeros(())
-    memory = z.new_empty(2 * chunks[0].stop * len(pieces[0].norms))
-    for rows in chunks:
+    dT, memory = z.new_zeros(()), z.new_empty(2 * _longest(share) * len(pieces[0].norms))
+    for rows in share:
         x, part, own = z[rows] - origin, g.part(rows), Saved(*(s[rows] for s in saved))
         fixed, asked, mean = _wishes(x, own, part, through)
         entropy = part.entropy if through[1] else None
@@ -345,8 +396,16 @@ def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Te
         else:
             torch.addcmul(held, pull, scale, out=dz[rows])
     by = torch.cat([into.mT for into in sums])
-    if late is not None:
-        by += late
+    return by if late is None else by.add_(late), dT
+
+
+def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Tensor]:
+    "Gradients of one head with respect to tokens (N, m), prototypes (K, m) and temperature ()."
+    origin, dz = bank.mean(0), torch.empty_like(z)
+    bank = bank - origin
+    pieces, chunks = tiles(bank), _rows(len(z), *bank.shape, z.device)
+    shares = on_cores(lambda share: _share_backward(share, pieces, z, origin, bank, T, saved, g, through, needs, dz), chunks, z.device)
+    by, dT = (reduce(add, parts) for parts in zip(*shares))
     if g.free_energy is not None:
         dT = dT - (g.free_energy * saved.entropy).sum()
     return [dz, by[:, :-1] + bank * by[:, -1:], dT]
@@ -362,7 +421,7 @@ def is_small(n_prototypes: int, width: int) -> bool:
 
 def _small_rows(N: int, n_prototypes: int, width: int, device) -> list[slice]:
     n = max(64, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (4 * (n_prototypes + width)))
-    return [slice(start, min(start + n, N)) for start in range(0, max(N, 1), n)]
+    return even_chunks(N, n, device)
 
 
 def _small_terms(x, q, p, norms, between, T):
@@ -392,21 +451,24 @@ def _small_forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
     p, out, q = bank - origin, torch.empty_like(z), z.new_empty(N, len(bank))
     norms, between = p.square().sum(-1), torch.cdist(p, p, compute_mode="donot_use_mm_for_euclid_dist").square()
     stores = [*(z.new_empty(N) for _ in range(5)), torch.empty(N, dtype=torch.int64, device=z.device), z.new_empty(N), z.new_empty(N)]
-    for rows in _small_rows(N, *bank.shape, z.device):
-        centroid, *values = _small_terms(z[rows] - origin, q[rows], p, norms, between, T)
-        torch.add(centroid, origin, out=out[rows])
-        for store, value in zip(stores, values):
-            store[rows] = value
+
+    def work(share):
+        for rows in share:
+            centroid, *values = _small_terms(z[rows] - origin, q[rows], p, norms, between, T)
+            torch.add(centroid, origin, out=out[rows])
+            for store, value in zip(stores, values):
+                store[rows] = value
+
+    on_cores(work, _small_rows(N, *bank.shape, z.device), z.device)
     return [out, *stores[:6], q, *stores[6:]]
 
 # %% ../nbs/library/000_kernels.ipynb #8e278b51
-def _small_backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Tensor]:
-    "As `_backward`, from the weights that were kept."
-    (N, m), origin = z.shape, bank.mean(0)
-    p, dz, dT = bank - origin, torch.empty_like(z), z.new_zeros(())
+def _small_share_backward(share, z, origin, p, T, saved: Saved, g: Gradients, through, needs, dz) -> tuple[Tensor, ...]:
+    "A share of the chunks: gradients of the tokens go to `dz`; sums for the bank by q (m + 1, K), by t (m, K) and of t (1, K), and the gradient of the temperature ()."
+    m, dT = z.shape[1], z.new_zeros(())
     table = torch.cat([p, p.square().sum(-1, keepdim=True) / 2], -1)
     by_q, by_t, by_ones = (z.new_zeros(size, len(p)) for size in (m + 1, m, 1))
-    for rows in _small_rows(N, *bank.shape, z.device):
+    for rows in share:
         x, q, part, index = z[rows] - origin, saved.centroids[rows], g.part(rows), saved.index[rows, None]
         c = q @ p if part.recon is not None or part.variance is not None else None
         fixed, asked = _asked(x, c, part, through)
@@ -431,6 +493,15 @@ def _small_backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> l
             else:
                 pulls = torch.mul(q, -2 * alpha[:, None]) if t is None else t.addcmul_(alpha[:, None], q, value=-2)
                 torch.mul(x, 2 * alpha[:, None], out=dz[rows]).addmm_(pulls, p)
+    return by_q, by_t, by_ones, dT
+
+
+def _small_backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Tensor]:
+    "As `_backward`, from the weights that were kept."
+    m, origin, dz = z.shape[1], bank.mean(0), torch.empty_like(z)
+    p = bank - origin
+    shares = on_cores(lambda share: _small_share_backward(share, z, origin, p, T, saved, g, through, needs, dz), _small_rows(len(z), *bank.shape, z.device), z.device)
+    by_q, by_t, by_ones, dT = (reduce(add, parts) for parts in zip(*shares))
     if g.free_energy is not None:
         dT = dT - (g.free_energy * saved.entropy).sum()
     by = by_q[:m] + by_q[m] * p.mT + (2 / T) * (by_t - by_ones * p.mT)

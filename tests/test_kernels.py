@@ -1,4 +1,6 @@
 "What the fused pass promises beyond its numbers: no N x K array, any bank size, no graph break, nothing done for gradients that are absent."
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -35,6 +37,46 @@ def test_tiles_and_chunks_do_not_matter(monkeypatch, tile, elements, through, K)
     for one, other in zip(found, exact):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
     assert index.equal(nearest)
+
+
+@pytest.fixture
+def three_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("K", [9, 600])
+def test_cores_share_chunks_and_do_not_matter(three_cores, monkeypatch, K):
+    monkeypatch.setitem(kernels.ELEMENTS_PER_CHUNK, "cpu", 2**14)
+    inputs, through = (numbers(2, 2000, 12, seed=1), numbers(2, K, 12, seed=2), torch.tensor([0.5, 20.0]).double()), (True, True)
+    (found, index), (again, _), (exact, nearest) = everything(fused, through, inputs), everything(fused, through, inputs), everything(definition, through, inputs)
+    for one, same, other in zip(found, again, exact):
+        assert one.equal(same)
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+    assert index.equal(nearest) and torch.get_num_threads() == 3 and 3 in kernels._POOLS
+    with torch.inference_mode():
+        assert fused(*inputs, through)[1].equal(found[1])
+
+
+def test_work_on_cores_keeps_its_order_and_its_errors(three_cores):
+    chunks, cpu = kernels.even_chunks(5000, 400, torch.device("cpu")), torch.device("cpu")
+    names = kernels.on_cores(lambda share: (threading.current_thread().name, kernels.cores(cpu), torch.is_grad_enabled(), [c.start for c in share]), chunks, cpu)
+    assert len(chunks) % 3 == 0 and [own for *_, own in names] == [[c.start for c in chunks[i::3]] for i in range(3)]
+    assert all(name.startswith("ddcl-core") and n == 1 and not grad for name, n, grad, _ in names)
+    with pytest.raises(ZeroDivisionError):
+        kernels.on_cores(lambda share: 1 / 0, chunks, cpu)
+    with Watch() as seen:  # whoever watches this thread's operations sees all of them
+        ddcl(numbers(3000, 4), numbers(300, 4), 1.0)
+    assert "aten::exp_" in seen.names
+
+
+@given(N=st.integers(0, 10_000), rows=st.integers(1, 5000))
+def test_even_chunks_cover_every_row_once(N, rows):
+    chunks = kernels.even_chunks(N, rows, torch.device("cpu"))
+    sizes = [c.stop - c.start for c in chunks]
+    assert [chunks[0].start, *(c.stop for c in chunks)] == [*(c.start for c in chunks), N] and max(sizes) <= rows and max(sizes) - min(sizes) <= 1
 
 
 @given(cuts=st.lists(st.integers(1, 99), max_size=4, unique=True), order=st.randoms(), T=st.floats(0.01, 100))
