@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .assign import LOWEST_TEMPERATURE, DDCLOutput, NonFiniteInput, _canonical, _centred, _chunks, _logits, check_inputs, ddcl
 from .distributed import Processes, processes
+from .kernels import sums_on_cores
 from .kmeans import kmeans
 from .temperature import CURVATURE, Anneal, _counting_tokens, covariance, critical_temperature, largest_variance
 
@@ -48,12 +49,17 @@ def separation(prototypes: Tensor) -> Separation:
 # %% ../nbs/library/02_bank.ipynb #1ca1e6a6
 def _em_step(z: Tensor, p: Tensor, T: float) -> Tensor:
     "Each prototype moves to the mean of its share: one step of the EM form of the stop-gradient flow."
-    share, pulled = p.new_zeros(len(p)), torch.zeros_like(p)
     centred_z, centred_p = _centred(z, p)
-    for rows in _chunks(len(z), *p.shape, z.device):
-        q = _logits(centred_z[None, rows], centred_p[None], p.new_tensor([T]))[0].softmax(-1)
-        share += q.sum(0)
-        pulled.addmm_(q.mT, centred_z[rows])
+
+    def sums(chunks):
+        share, pulled = p.new_zeros(len(p)), torch.zeros_like(p)
+        for rows in chunks:
+            q = _logits(centred_z[None, rows], centred_p[None], p.new_tensor([T]))[0].softmax(-1)
+            share += q.sum(0)
+            pulled.addmm_(q.mT, centred_z[rows])
+        return share, pulled
+
+    share, pulled = sums_on_cores(sums, _chunks(len(z), *p.shape, z.device), z.device)
     used = share > len(z) * torch.finfo(p.dtype).eps
     return torch.where(used[:, None], pulled / share.clamp_min(1e-30)[:, None] + (p[0] - centred_p[0]), p)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .assign import _chunks, assignments
 from .bank import _count_distinct, merge_prototypes
+from .kernels import on_cores, sums_on_cores
 from .storage import StateError, load_state, save_state
 from .temperature import Anneal
 
@@ -56,11 +57,15 @@ def _units(X: np.ndarray, w: np.ndarray) -> _Units:
 # %% ../nbs/library/09a_estimators.ipynb #9f63dc5a
 def _em_step(z: Tensor, w: Tensor, p: Tensor, log_mass: Tensor, T: float) -> tuple[Tensor, Tensor]:
     "Mean `(K, m)` and mass `(K,)` of the share of each prototype, over tokens `(N, m)` with weights `(N,)`."
-    mass, pulled = torch.zeros_like(log_mass), torch.zeros_like(p)
-    for rows in _chunks(len(z), *p.shape, z.device):
-        q = _responsibilities(z[rows], w[rows], p, log_mass, T)
-        mass += q.sum(0)
-        pulled.addmm_(q.mT, z[rows])
+    def sums(chunks):
+        mass, pulled = torch.zeros_like(log_mass), torch.zeros_like(p)
+        for rows in chunks:
+            q = _responsibilities(z[rows], w[rows], p, log_mass, T)
+            mass += q.sum(0)
+            pulled.addmm_(q.mT, z[rows])
+        return mass, pulled
+
+    mass, pulled = sums_on_cores(sums, _chunks(len(z), *p.shape, z.device), z.device)
     used = mass > torch.finfo(p.dtype).tiny
     return torch.where(used[:, None], pulled / mass.clamp_min(torch.finfo(p.dtype).tiny)[:, None], p), mass
 
@@ -168,12 +173,18 @@ def _supported(taus, counts, limit: int) -> int:
 # %% ../nbs/library/09a_estimators.ipynb #c05dc114
 def _nearest_two(z: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Index of the nearest prototype, and the squared distances to the nearest and the second (the same where there is one), `(N,)` each."
-    parts = []
-    for rows in _chunks(len(z), *p.shape, z.device):
-        squared = torch.addmm(p.square().sum(-1), z[rows], p.mT, alpha=-2)
-        two = (squared if len(p) > 1 else squared.expand(-1, 2)).topk(2, largest=False)
-        parts.append((two.indices[:, 0] % len(p), *(two.values + z[rows].square().sum(-1, keepdim=True)).clamp_min(0).unbind(-1)))
-    return tuple(torch.cat(part) for part in zip(*parts))
+    norms, found = p.square().sum(-1), (torch.empty(len(z), dtype=torch.int64, device=z.device), z.new_empty(len(z)), z.new_empty(len(z)))
+
+    def search(chunks):
+        for rows in chunks:
+            squared = torch.addmm(norms, z[rows], p.mT, alpha=-2)
+            two = (squared if len(p) > 1 else squared.expand(-1, 2)).topk(2, largest=False)
+            values = two.indices[:, 0] % len(p), *(two.values + z[rows].square().sum(-1, keepdim=True)).clamp_min(0).unbind(-1)
+            for into, value in zip(found, values):
+                into[rows] = value
+
+    on_cores(search, _chunks(len(z), *p.shape, z.device), z.device)
+    return found
 
 
 def _shape_of_shares(z, w, index, p, steps: int = 4):

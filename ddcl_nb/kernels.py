@@ -21,8 +21,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'ELEMENTS_PER_CHUNK', 'R', 'SMALL', 'PASSES', 'definition', 'matmul_form', 'Moments',
-           'merge', 'Tile', 'tile_size', 'tiles', 'moments', 'finish', 'cores', 'on_cores', 'even_chunks', 'Saved',
-           'Gradients', 'is_small', 'fused_forward', 'fused_backward', 'fused']
+           'merge', 'Tile', 'tile_size', 'tiles', 'moments', 'finish', 'cores', 'on_cores', 'sums_on_cores',
+           'even_chunks', 'Saved', 'Gradients', 'is_small', 'fused_forward', 'fused_backward', 'fused']
 
 # %% ../nbs/library/000_kernels.ipynb #d780f9b0
 def _outputs(z, bank, T, squared, through, second_moment=None):
@@ -207,6 +207,11 @@ def on_cores(work: Callable[[Sequence[slice]], R], chunks: Sequence[slice], devi
             return work(share)
 
     return list(_pool(n).map(alone, [chunks[i::n] for i in range(n)]))
+
+
+def sums_on_cores(work: Callable[[Sequence[slice]], Sequence[Tensor]], chunks: Sequence[slice], device: torch.device) -> list[Tensor]:
+    "The tensors that `work` makes of each core's share of the chunks, added up over cores."
+    return [reduce(add, parts) for parts in zip(*on_cores(work, chunks, device))]
 
 
 def even_chunks(N: int, rows: int, device: torch.device) -> list[slice]:
@@ -404,8 +409,7 @@ def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Te
     origin, dz = bank.mean(0), torch.empty_like(z)
     bank = bank - origin
     pieces, chunks = tiles(bank), _rows(len(z), *bank.shape, z.device)
-    shares = on_cores(lambda share: _share_backward(share, pieces, z, origin, bank, T, saved, g, through, needs, dz), chunks, z.device)
-    by, dT = (reduce(add, parts) for parts in zip(*shares))
+    by, dT = sums_on_cores(lambda share: _share_backward(share, pieces, z, origin, bank, T, saved, g, through, needs, dz), chunks, z.device)
     if g.free_energy is not None:
         dT = dT - (g.free_energy * saved.entropy).sum()
     return [dz, by[:, :-1] + bank * by[:, -1:], dT]
@@ -500,8 +504,8 @@ def _small_backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> l
     "As `_backward`, from the weights that were kept."
     m, origin, dz = z.shape[1], bank.mean(0), torch.empty_like(z)
     p = bank - origin
-    shares = on_cores(lambda share: _small_share_backward(share, z, origin, p, T, saved, g, through, needs, dz), _small_rows(len(z), *bank.shape, z.device), z.device)
-    by_q, by_t, by_ones, dT = (reduce(add, parts) for parts in zip(*shares))
+    work, chunks = lambda share: _small_share_backward(share, z, origin, p, T, saved, g, through, needs, dz), _small_rows(len(z), *bank.shape, z.device)
+    by_q, by_t, by_ones, dT = sums_on_cores(work, chunks, z.device)
     if g.free_energy is not None:
         dT = dT - (g.free_energy * saved.entropy).sum()
     by = by_q[:m] + by_q[m] * p.mT + (2 / T) * (by_t - by_ones * p.mT)

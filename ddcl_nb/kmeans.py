@@ -7,7 +7,8 @@ Docs: https://ddcl-nb.github.io/ddcl_nb/library/kmeans.html.md"""
 # %% ../nbs/library/01a_kmeans.ipynb #ea46b711
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .assign import NonFiniteInput
 from .distributed import Processes
+from .kernels import even_chunks, on_cores
 
 # %% auto #0
 __all__ = ['ELEMENTS', 'TOKENS_EACH', 'SEEDED_AMONG', 'Pass', 'one_pass', 'lloyd', 'Clustering', 'kmeans']
@@ -41,12 +43,6 @@ def _nearest(products: Tensor) -> tuple[Tensor, Tensor]:
     return products.gather(-1, index[:, None])[:, 0], index
 
 
-def _chunks_less(tokens: Tensor, origin: Tensor, rows: int) -> Iterator[Tensor]:
-    "Tokens in chunks, less the origin and in its precision."
-    for part in tokens.split(rows):
-        yield part.to(origin.dtype) - origin
-
-
 def one_pass(tokens: Tensor,  # `(N, m)`
              prototypes: Tensor,  # `(K, m)`
              ) -> Pass:
@@ -54,17 +50,24 @@ def one_pass(tokens: Tensor,  # `(N, m)`
     K, m = prototypes.shape
     origin, rows = prototypes.mean(0), max(256, ELEMENTS // K)
     p = prototypes - origin
-    half, products = -p.square().sum(-1) / 2, p.new_empty(min(rows, max(1, len(tokens))), K)
-    sums, counts, inertia, far = p.new_zeros(K, m, dtype=torch.float64), p.new_zeros(K, dtype=torch.float64), p.new_zeros((), dtype=torch.float64), []
-    for x in _chunks_less(tokens, origin, rows):
-        top, index = _nearest(torch.addmm(half, x, p.mT, out=products[:len(x)]))
-        squared = (x.square().sum(-1) - 2 * top).clamp_min(0)
-        sums.index_add_(0, index, x.double())
-        counts += torch.bincount(index, minlength=K)
-        inertia += squared.sum(dtype=torch.float64)
-        worst = squared.argmax()
-        far.append(torch.cat([squared[worst, None], x[worst] + origin]))
-    return Pass(sums, counts, inertia, torch.stack(far) if far else p.new_zeros(0, 1 + m))
+    half = -p.square().sum(-1) / 2
+
+    def work(chunks):
+        far, products = [p.new_zeros(0, 1 + m)], p.new_empty(max(part.stop - part.start for part in chunks), K)
+        sums, counts, inertia = p.new_zeros(K, m, dtype=torch.float64), p.new_zeros(K, dtype=torch.float64), p.new_zeros((), dtype=torch.float64)
+        for part in chunks:
+            x = tokens[part].to(origin.dtype) - origin
+            top, index = _nearest(torch.addmm(half, x, p.mT, out=products[:len(x)]))
+            squared = (x.square().sum(-1) - 2 * top).clamp_min(0)
+            sums.index_add_(0, index, x.double())
+            counts += torch.bincount(index, minlength=K)
+            inertia += squared.sum(dtype=torch.float64)
+            worst = squared.topk(min(1, len(x))).indices
+            far.append(torch.cat([squared[worst, None], x[worst] + origin], -1))
+        return sums, counts, inertia, torch.cat(far)
+
+    *sums, far = zip(*on_cores(work, even_chunks(len(tokens), rows, tokens.device), tokens.device))
+    return Pass(*(reduce(add, parts) for parts in sums), torch.cat(far))
 
 # %% ../nbs/library/01a_kmeans.ipynb #cbc2bfd0
 def _revived(prototypes: Tensor, counts: Tensor, far: Tensor, among: Processes) -> Tensor:
