@@ -437,7 +437,7 @@ def reading(reader: Reader, found: Material, row: int, known: Sequence[Sequence[
     first, second = logits.topk(2).indices.tolist()
     margin = parts[0, ..., first] - parts[0, ..., second]  # (N, K)
     largest = margin.sum(0).abs().topk(min(n, margin.shape[1])).indices.tolist()
-    carried = lambda k: [names[i] for i in (margin[:, k] * margin[:, k].sum().sign()).topk(min(3, len(names))).indices.tolist()]
+    carried = lambda k: [names[i] for i in (margin[:, k] * margin[:, k].sum().sign()).topk(min(3, len(margin))).indices.tolist()]
     return {"text": " ".join(names[1:-1]), "label": classes[int(label)], "answer": classes[first], "next": classes[second], "margin": float(logits[first] - logits[second]),
             "constant": float(left[0, first] - left[0, second]), "others": float(margin.sum() - margin.sum(0)[largest].sum()),
             "prototypes": [{"prototype": k, "adds": float(margin[:, k].sum()), "card": list(known[k]), "tokens": carried(k)} for k in largest]}
