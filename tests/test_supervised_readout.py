@@ -36,6 +36,10 @@ def test_every_text_is_walked_once_and_its_tokens_are_its_own(n, size, most, see
     assert sorted(seen) == list(range(n)) and len(walked) == -(-n // size)
 
 
+def test_half_of_the_pieces():
+    assert S.half(torch.tensor([[1., -5, 1, 1], [2, 2, -2, 2], [0, 0, 0, -1]])).tolist() == [1, 2, 1]
+
+
 @pytest.mark.parametrize("method", S.MECHANISMS)
 def test_a_reader_knows_no_padding_and_learns(method):
     docs = documents(90)
@@ -56,7 +60,7 @@ def test_texts_to_choose_on_are_none_of_those_that_trials_learn_from():
 class Words:
     "What a study asks of an encoder beside the embeddings."
     def token_names(self, texts, length):
-        return [["[CLS]", *text.split(), "[SEP]"] for text in texts]
+        return [[*text.split(), "[SEP]"] for text in texts]
 
 
 @pytest.fixture
@@ -87,8 +91,10 @@ def test_an_interrupted_run_goes_on_to_the_same_rows(tiny, tmp_path):
     assert timeless(parts.rows) == timeless(whole.rows) and parts.about["readings"] == whole.about["readings"]
     assert not any("right" in row for row in parts.rows) and len(seen) == 31
     found = parts.about["readings"]["blobs"]
-    for one in found:
-        assert one["constant"] + one["others"] + sum(p["adds"] for p in one["prototypes"]) == pytest.approx(one["margin"], abs=1e-3)
+    assert 1 <= found["half_prototypes"] <= found["number"] and len(found["texts"]) == 2
+    for one in found["texts"]:
+        for adds in ([x for _, x in one["tokens"]], [*(p["adds"] for p in one["prototypes"]), one["others"]]):
+            assert one["constant"] + sum(adds) == pytest.approx(one["margin"], abs=1e-3)
     assert {row["part"] for row in parts.rows} == {"trial", "final", "paper", "pair"} and "blobs: " in parts.about["verdict"]
 
 

@@ -36,9 +36,9 @@ __all__ = ['SIZES', 'LOADERS', 'WIDTH', 'COOLING', 'MECHANISMS', 'OURS', 'TRIALS
            'PAPER', 'PAPER_KMEANS', 'EXPERIMENT', 'Documents', 'Batches', 'Extent', 'Size', 'at_hand', 'texts_of',
            'Material', 'parted', 'material', 'Setting', 'Reader', 'start', 'on_axes', 'objective', 'Falling', 'learn',
            'predict', 'accuracy', 'trial_row', 'chosen', 'final_row', 'scores', 'logistic', 'logistic_trial',
-           'logistic_final', 'OneVector', 'papers_row', 'kmeans_row', 'pieces', 'told', 'cards', 'reading_rows',
-           'reading', 'run', 'measure', 'steps', 'finals', 'pair', 'flat', 'methods_of', 'our_pool', 'best_other',
-           'table', 'gap', 'reached', 'in_words', 'verdict', 'draw', 'figure_accuracy', 'figure_readings']
+           'logistic_final', 'OneVector', 'papers_row', 'kmeans_row', 'pieces', 'told', 'cards', 'half', 'reading_row',
+           'margin', 'reading', 'run', 'measure', 'steps', 'finals', 'pair', 'flat', 'methods_of', 'our_pool',
+           'best_other', 'table', 'gap', 'reached', 'in_words', 'verdict', 'draw', 'figure_accuracy', 'figure_readings']
 
 # %% ../../nbs/experiments/11_supervised_readout.ipynb #f28e7614
 @dataclass(frozen=True)
@@ -421,26 +421,40 @@ def cards(reader: Reader, found: Material, most: int = 400, n: int = 4) -> list[
     return [list(dict.fromkeys(names[e.document][e.token] for e in near))[:n] for near in examples]
 
 
-def reading_rows(found: Material, best: Mapping, seed: int) -> dict:
-    "Two test texts, and the prototypes and tokens that carried the answer: the leading class against the next one."
+def half(parts: Tensor) -> Tensor:
+    "How many of the pieces `(B, n)`, the largest first, make half of their total size: `(B,)`."
+    sizes = parts.abs().sort(-1, descending=True).values
+    return (sizes.cumsum(-1) < sizes.sum(-1, keepdim=True) / 2).sum(-1) + 1
+
+
+def reading_row(found: Material, best: Mapping, seed: int, most: int = 256) -> dict:
+    "Two test texts with what carried their answers, and how broad such accounts are: medians over some test texts."
     reader, _ = learn("DDCL residual", Setting(best["rate"], best["beside"], best["number"]), found.train, found.classes, found.extent, seed)
     answers, known = predict(reader, found.test), cards(reader, found)
-    return {"readings": [reading(reader, found, row, known) for row in told(found.test, answers)]}
+    margins = [margin(reader, found.test, row)[0] for row in torch.randperm(len(found.test), generator=torch.Generator().manual_seed(0))[:most].tolist()]
+    halves = torch.tensor([[int(half(parts.sum(axis)[None])) for axis in (0, 1)] for parts in margins]).median(0).values.tolist()
+    return {"readings": {"texts": [reading(reader, found, row, known) for row in told(found.test, answers)], "number": best["number"], "half_prototypes": halves[0],
+                         "half_tokens": halves[1], "tokens": float(np.median([len(parts) for parts in margins]))}}
 
 
-@torch.no_grad()
-def reading(reader: Reader, found: Material, row: int, known: Sequence[Sequence[str]], n: int = 5) -> dict:
-    "One text: margin of the leading class over the next, and its largest pieces by prototype with the tokens that made them."
-    tokens, mask, _, label = found.test.batch(torch.tensor([row]))
+def margin(reader: Reader, docs: Documents, row: int) -> tuple[Tensor, float, list[int]]:
+    "Pieces `(N, K)` of the margin of the leading class over the next one, the constant, and the two classes."
+    tokens, mask, *_ = docs.batch(torch.tensor([row]))
     parts, left = pieces(reader, tokens, mask)
-    logits, names, classes = reader.eval()(tokens, mask)[0][0], found.words(-1, [row])[0], found.texts[0].label_names
-    first, second = logits.topk(2).indices.tolist()
-    margin = parts[0, ..., first] - parts[0, ..., second]  # (N, K)
-    largest = margin.sum(0).abs().topk(min(n, margin.shape[1])).indices.tolist()
-    carried = lambda k: [names[i] for i in (margin[:, k] * margin[:, k].sum().sign()).topk(min(3, len(margin))).indices.tolist()]
-    return {"text": " ".join(names[1:-1]), "label": classes[int(label)], "answer": classes[first], "next": classes[second], "margin": float(logits[first] - logits[second]),
-            "constant": float(left[0, first] - left[0, second]), "others": float(margin.sum() - margin.sum(0)[largest].sum()),
-            "prototypes": [{"prototype": k, "adds": float(margin[:, k].sum()), "card": list(known[k]), "tokens": carried(k)} for k in largest]}
+    first, second = (parts.sum((1, 2)) + left)[0].topk(2).indices.tolist()
+    return parts[0, ..., first] - parts[0, ..., second], float(left[0, first] - left[0, second]), [first, second]
+
+
+def reading(reader: Reader, found: Material, row: int, known: Sequence[Sequence[str]], n: int = 5) -> dict:
+    "One text: the margin of the leading class over the next, what each token adds to it, and its largest pieces by prototype."
+    parts, constant, leading = margin(reader, found.test, row)
+    words, classes, by_prototype = found.words(-1, [row])[0], found.texts[0].label_names, parts.sum(0)
+    largest = by_prototype.abs().topk(min(n, len(by_prototype))).indices.tolist()
+    answer, following = (classes[c] for c in leading)
+    return {"label": classes[int(found.test.labels[row])], "answer": answer, "next": following, "margin": float(parts.sum()) + constant, "constant": constant,
+            "tokens": [[word, float(x)] for word, x in zip(words, parts.sum(1))],
+            "prototypes": [{"prototype": k, "adds": float(by_prototype[k]), "card": list(known[k])} for k in largest],
+            "others": float(by_prototype.sum() - by_prototype[largest].sum())}
 
 # %% ../../nbs/experiments/11_supervised_readout.ipynb #e81c803c
 def run(profile: str = "quick", seeds: Sequence[int] | None = None, out: str | Path = "results", advance: Callable[..., None] = lambda n=1, note="": None,
@@ -475,7 +489,7 @@ def measure(log: Log, found: Material, seeds: Sequence[int]) -> None:
             log.row(lambda: trial_row(found, method, setting), part="trial", data=found.name, method=method, trial=str(i))
         for seed in seeds:
             log.row(lambda: final_row(found, method, chosen(log.rows, found.name, method), seed), part="final", data=found.name, method=method, seed=seed)
-    log.row(lambda: reading_rows(found, chosen(log.rows, found.name, "DDCL residual"), seeds[0]), part="reading", data=found.name)
+    log.row(lambda: reading_row(found, chosen(log.rows, found.name, "DDCL residual"), seeds[0]), part="reading", data=found.name)
 
 
 def steps(profile: str, seeds: Sequence[int] | None = None) -> int:
@@ -581,13 +595,13 @@ def draw(result: Result, out: str | Path) -> None:
     "Figures: accuracy by method and data set, and readings of predictions."
     plots.use_style()
     result.save_figure(figure_accuracy(result.rows), "accuracy", "Test accuracy of every readout; bars are means over seeds with their standard deviations, dots are seeds.", out)
-    if any(result.about["readings"].values()):
-        result.save_figure(figure_readings(result.about["readings"]), "readings", "What carried a prediction: the prototypes that add most to the leading class over the next one, each with the training words nearest to it and, after the arrow, the tokens of this text that it read.", out)
+    if any(found["texts"] for found in result.about["readings"].values()):
+        result.save_figure(figure_readings(result.about["readings"]), "readings", "What carried a prediction, in logits of the leading class over the next one: left by token, right by prototype, each named by the training words nearest to it.", out)
 
 
 def figure_accuracy(rows: Sequence[dict]):
     data = list(dict.fromkeys(row["data"] for row in rows))
-    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, len(data), figsize=(max(6, 4.2 * len(data)), 3.4), squeeze=False)
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, len(data), figsize=(4 + 1.8 * len(data), 3.2), squeeze=False)
     for i, (name, ax) in enumerate(zip(data, axes[0])):
         values = {m: finals(rows, name, m) for m in (*methods_of(rows, name), PAPERS)}
         plots.bars(values, ax, "test accuracy")
@@ -598,20 +612,26 @@ def figure_accuracy(rows: Sequence[dict]):
     return figure
 
 
-def figure_readings(readings: Mapping[str, Sequence[Mapping]]):
-    told_of = [(data, one) for data, found in readings.items() for one in found]
-    figure, axes = require("matplotlib.pyplot", "plots").subplots(len(told_of), 1, figsize=(9.4, 1.85 * len(told_of)), squeeze=False)
-    for ax, (data, one) in zip(axes[:, 0], told_of):
-        names = [f"{', '.join(p['card'])}  →  {', '.join(p['tokens'])}" for p in one["prototypes"]] + ["all other prototypes"]
-        adds = [p["adds"] for p in one["prototypes"]] + [one["others"]]
-        ax.barh(range(len(adds)), adds, color=[plots.COLOURS[0] if x > 0 else plots.COLOURS[3] for x in adds], height=0.7)
-        ax.set_yticks(range(len(names)), names, fontsize=7.5)
-        ax.invert_yaxis()
-        ax.axvline(0, color="0.3", lw=0.8)
-        text = one["text"] if len(one["text"]) < 130 else one["text"][:127] + "..."
-        ax.set_title(f"{data}: {text}\n{one['answer']} over {one['next']} by {one['margin']:.2f}; label {one['label']}".replace("$", "\\$"), fontsize=8, loc="left", x=-0.55)
-    axes[-1, 0].set_xlabel("adds to the margin (logits)")
+def figure_readings(readings: Mapping[str, Mapping]):
+    told_of = [(data, one) for data, found in readings.items() for one in found["texts"]]
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(len(told_of), 2, figsize=(9.4, 2.1 * len(told_of)), squeeze=False, width_ratios=[1.7, 1])
+    for (left, right), (data, one) in zip(axes, told_of):
+        words, adds = zip(*one["tokens"])
+        _signed(left.bar, adds)
+        left.set_xticks(range(len(words)), [word.replace("$", "\\$") for word in words], rotation=90, fontsize=7)
+        left.set_title(f"{data}: {one['answer']} over {one['next']} by {one['margin']:.2f} (label {one['label']})", fontsize=9, loc="left")
+        names = [", ".join(p["card"]).replace("$", "\\$") for p in one["prototypes"]] + ["all others"]
+        _signed(right.barh, [p["adds"] for p in one["prototypes"]] + [one["others"]])
+        right.set_yticks(range(len(names)), names, fontsize=7)
+        right.invert_yaxis()
+    axes[-1, 1].set_xlabel("adds to the margin (logits)")
+    axes[0, 0].set_ylabel("adds (logits)")
     return figure
+
+
+def _signed(bars: Callable, values: Sequence[float]) -> None:
+    "Blue what speaks for, red what speaks against."
+    bars(range(len(values)), values, color=[plots.COLOURS[0] if x > 0 else plots.COLOURS[3] for x in values])
 
 
 EXPERIMENT = Experiment("supervised_readout", "Supervised readout: all tokens of a frozen encoder", "Table 4 (SST-2, IMDB), and the readout of all tokens", run, steps)
