@@ -315,7 +315,7 @@ def trial_row(found: Material, method: str, setting: Setting) -> dict:
 
 def chosen(rows: Sequence[dict], data: str, method: str) -> dict:
     "The trial with the best accuracy on the texts to choose on; the first of equals."
-    return max((row for row in rows if row["part"] == "trial" and row["data"] == data and row["method"] == method), key=lambda row: row["choice_acc"])
+    return max((row for row in rows if "choice_acc" in row and row["data"] == data and row["method"] == method), key=lambda row: row["choice_acc"])
 
 
 def final_row(found: Material, method: str, best: Mapping, seed: int) -> dict:
@@ -468,9 +468,10 @@ def run(profile: str = "quick", seeds: Sequence[int] | None = None, out: str | P
         found = material(name, extent, model)
         measure(log, found, seeds)
         sources[name] = f"{len(found.train)} training and {len(found.test)} test texts, {found.texts[0].source}; encoder {encoder}, {extent.tokens} tokens"
-    told_of = {row["data"]: row["readings"] for row in log.rows if row["part"] == "reading"}
-    log.rows = flat(log.rows)
-    result = log.finish(title=EXPERIMENT.title, paper=EXPERIMENT.paper, sources=sources, table=table(log.rows), verdict=verdict(log.rows), readings=told_of)
+    told_of = {row["data"]: row["readings"] for row in log.rows if "readings" in row}
+    rows = flat(log.rows)
+    log.rows, trials, pairs = ([row for row in rows if column in row] for column in ("seed", "choice_acc", "difference"))
+    result = log.finish(title=EXPERIMENT.title, paper=EXPERIMENT.paper, sources=sources, table=table(rows), verdict=verdict(rows), trials=trials, pairs=pairs, readings=told_of)
     draw(result, out)
     return result
 
@@ -479,17 +480,17 @@ def measure(log: Log, found: Material, seeds: Sequence[int]) -> None:
     "All rows of one data set."
     for name in VECTORS:
         for strength in STRENGTHS:
-            log.row(lambda: logistic_trial(found, name, strength), part="trial", data=found.name, method=name, trial=f"C={strength:g}")
-        log.row(lambda: logistic_final(found, name, chosen(log.rows, found.name, name)), part="final", data=found.name, method=name, seed=seeds[0])
+            log.row(lambda: logistic_trial(found, name, strength), data=found.name, method=name, trial=f"C={strength:g}")
+        log.row(lambda: logistic_final(found, name, chosen(log.rows, found.name, name)), data=found.name, method=name, seed=seeds[0])
     for seed in seeds:
-        log.row(lambda: papers_row(found, seed), part="paper", data=found.name, method=PAPERS, seed=seed)
-        log.row(lambda: kmeans_row(found, seed), part="paper", data=found.name, method=BASE, seed=seed)
+        log.row(lambda: papers_row(found, seed), data=found.name, method=PAPERS, seed=seed)
+        log.row(lambda: kmeans_row(found, seed), data=found.name, method=BASE, seed=seed)
     for method in MECHANISMS:
         for i, setting in enumerate(TRIALS):
-            log.row(lambda: trial_row(found, method, setting), part="trial", data=found.name, method=method, trial=str(i))
+            log.row(lambda: trial_row(found, method, setting), data=found.name, method=method, trial=str(i))
         for seed in seeds:
-            log.row(lambda: final_row(found, method, chosen(log.rows, found.name, method), seed), part="final", data=found.name, method=method, seed=seed)
-    log.row(lambda: reading_row(found, chosen(log.rows, found.name, "DDCL residual"), seeds[0]), part="reading", data=found.name)
+            log.row(lambda: final_row(found, method, chosen(log.rows, found.name, method), seed), data=found.name, method=method, seed=seed)
+    log.row(lambda: reading_row(found, chosen(log.rows, found.name, "DDCL residual"), seeds[0]), data=found.name, part="reading")
 
 
 def steps(profile: str, seeds: Sequence[int] | None = None) -> int:
@@ -498,34 +499,32 @@ def steps(profile: str, seeds: Sequence[int] | None = None) -> int:
     n = len(size.seeds if seeds is None else seeds)
     return len(at_hand(size)) * (len(VECTORS) * (len(STRENGTHS) + 1) + 2 * n + len(MECHANISMS) * (len(TRIALS) + n) + 1)
 
-# %% ../../nbs/experiments/11_supervised_readout.ipynb #f7a01d27
+# %% ../../nbs/experiments/11_supervised_readout.ipynb #5db0d351
 def finals(rows: Sequence[dict], data: str, method: str, column: str = "test_acc") -> list[float]:
     "A value for each seed."
-    return [row[column] for row in rows if row["part"] in ("final", "paper") and row["data"] == data and row["method"] == method and row.get(column) is not None]
+    return [row[column] for row in rows if "seed" in row and row["data"] == data and row["method"] == method and row.get(column) is not None]
 
 
 def _right(rows: Sequence[dict], data: str, method: str) -> np.ndarray:
     "Which test texts were right `(seeds, texts)`, padded with zeros to whole bytes."
-    return np.array([np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8)) for row in rows if row["part"] == "final" and row["data"] == data and row["method"] == method], float)
+    return np.array([np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8)) for row in rows if "right" in row and row["data"] == data and row["method"] == method], float)
 
 
 def pair(rows: Sequence[dict], data: str, ours: str, other: str, n: int) -> dict:
     "Difference of two methods on `n` test texts, with its standard errors over seeds and over texts."
     a, b = _right(rows, data, ours), _right(rows, data, other)
     by_seed, by_text = (a - b).sum(1) / n, (a.mean(0) - b.mean(0))[:n]
-    return {"difference": by_seed.mean(), "se_seeds": by_seed.std(ddof=1) / len(by_seed)**0.5 if len(by_seed) > 1 else 0.0, "se_texts": by_text.std(ddof=1) / n**0.5}
+    return {"difference": float(by_seed.mean()), "se_seeds": float(by_seed.std(ddof=1)) / len(by_seed)**0.5 if len(by_seed) > 1 else 0.0, "se_texts": float(by_text.std(ddof=1)) / n**0.5}
 
 
 def flat(rows: Sequence[dict]) -> list[dict]:
-    "Rows without the bits, and with the paired differences between each pool of DDCL and each other method."
+    "Rows without the bits and the readings, and with the paired differences between each pool of DDCL and each other method."
     pairs = []
     for data in dict.fromkeys(row["data"] for row in rows):
-        last = [row for row in rows if row["part"] == "final" and row["data"] == data]
-        n = round(next(np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8)).sum() / row["test_acc"] for row in last if row["test_acc"]))
-        others = [m for m in dict.fromkeys(row["method"] for row in last) if m not in OURS]
-        pairs += [{"part": "pair", "data": data, "method": ours, "other": other, **pair(rows, data, ours, other, n)} for ours in OURS for other in others]
-    return [{k: v for k, v in row.items() if k not in ("right", "readings")} for row in rows if row["part"] != "reading"] + [
-        {k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in pairs]
+        n = next(round(int(_right([row], data, row["method"]).sum()) / row["test_acc"]) for row in rows if row["data"] == data and row.get("test_acc"))
+        others = [m for m in methods_of(rows, data) if m not in OURS]
+        pairs += [{"data": data, "method": ours, "other": other, **pair(rows, data, ours, other, n)} for ours in OURS for other in others]
+    return [{k: v for k, v in row.items() if k not in ("right", "part")} for row in rows if "readings" not in row] + pairs
 
 # %% ../../nbs/experiments/11_supervised_readout.ipynb #64846855
 PAPER = {"sst2": {"acc": 0.867, "nmi": 0.435, "ari": 0.538, "logistic": 0.861}, "imdb": {"acc": 0.913, "nmi": 0.472, "ari": 0.540}}
@@ -534,7 +533,7 @@ PAPER_KMEANS = {"sst2": {"nmi": 0.003, "ari": 0.001}}
 
 
 def methods_of(rows: Sequence[dict], data: str) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in rows if row["part"] == "final" and row["data"] == data))
+    return list(dict.fromkeys(row["method"] for row in rows if "seed" in row and row["data"] == data and row["method"] not in (PAPERS, BASE)))
 
 
 def our_pool(rows: Sequence[dict], data: str) -> str:
@@ -561,7 +560,7 @@ def table(rows: Sequence[dict]) -> list[dict]:
 
 def gap(rows: Sequence[dict], data: str) -> dict:
     "The paired difference between our pool and the best other."
-    return next(row for row in rows if row["part"] == "pair" and row["data"] == data and row["method"] == our_pool(rows, data) and row["other"] == best_other(rows, data))
+    return next(row for row in rows if "difference" in row and row["data"] == data and row["method"] == our_pool(rows, data) and row["other"] == best_other(rows, data))
 
 
 def reached(row: Mapping) -> bool:
