@@ -572,10 +572,11 @@ def in_words(rows: Sequence[dict], data: str) -> str:
     "One data set in a sentence or two."
     row, points = gap(rows, data), lambda x: f"{100 * x:.1f}"
     mean = {m: np.mean(finals(rows, data, m)) for m in (*methods_of(rows, data), PAPERS)}
+    pools = "".join(f"{m.removeprefix('DDCL ')} {mean[m]:.3f}, " for m in OURS if m != row["method"])
     place = "the best" if row["difference"] >= 0 else "within one standard error of the best" if reached(row) else "behind"
     more = "" if row["difference"] >= 0 or reached(row) else f", {'inside' if -row['difference'] <= row['se_texts'] else 'outside'} what another test set could change ({points(row['se_texts'])})"
     return (f"{data}: {row['method'].removeprefix('DDCL ')} {mean[row['method']]:.3f}, best other {row['other']} {mean[row['other']]:.3f}, "
-            f"difference {100 * row['difference']:+.1f} ± {points(row['se_seeds'])} points: {place}{more}; "
+            f"difference {100 * row['difference']:+.1f} ± {points(row['se_seeds'])} points: {place}{more}; {pools}"
             f"mean + logistic regression {mean['mean + logistic regression']:.3f}, CLS + logistic regression {mean['CLS + logistic regression']:.3f}, paper's setting {mean[PAPERS]:.3f}. ")
 
 
