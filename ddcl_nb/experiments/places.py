@@ -683,7 +683,7 @@ class Extent:
     reported: tuple[str, ...] | None = None  # all if None
 
 
-EXTENTS = {"quick": Extent(240, 200, 200, {"text": 2, "images": 2, "pairs": 2}, 20, range(2), (FFN,)),
+EXTENTS = {"quick": Extent(160, 200, 160, {"text": 2, "images": 2, "pairs": 2}, 20, range(2), (FFN,)),
            "full": Extent(3000, 1800, 1500, {"text": 3, "images": 4, "pairs": 4}, 50, range(5))}
 TASKS = ("text", "images", "pairs")
 
@@ -783,7 +783,7 @@ def by_chance(rows: Sequence[dict]) -> tuple[int, float, int]:
 
 
 def shown_gains(by_task: dict[str, np.ndarray]) -> str:
-    return ", ".join(f"{data} {g.mean():+.1f} ± {standard_error(g):.1f}" for data, g in by_task.items())
+    return ", ".join(f"{data} {g.mean():+.1f}" + (f" ± {standard_error(g):.1f}" if len(g) > 1 else ", one seed") for data, g in by_task.items())
 
 
 def places_verdict(rows: Sequence[dict]) -> str:
