@@ -650,8 +650,8 @@ def bank_signs(network: Network, inputs: Tensor, started: dict[str, list[float]]
 
 
 def judged(network: Network, bench: Bench, n: int = 8) -> dict:
-    "Status and verdict of `stability_report` on `n` training inputs, and the seconds it took; the stem held fixed, a shared bank with a residual as one of its own."
-    network, start = copy.deepcopy(network), time.perf_counter()
+    "Status and verdict of `stability_report` on `n` training inputs, and the seconds of a processor that it took; the stem held fixed, a shared bank with a residual as one of its own."
+    network, start = copy.deepcopy(network), time.process_time()
     network.stem.requires_grad_(False)
     for bank in banks(network).values():
         if parametrize.is_parametrized(bank):
@@ -663,7 +663,7 @@ def judged(network: Network, bench: Bench, n: int = 8) -> dict:
         words = {"status": found.status, "report": found.verdict, "change": found.change}
     except (ValueError, RuntimeError) as error:
         words = {"status": "none", "report": f"{type(error).__name__}: {error}"[:200]}
-    return words | {"report_seconds": round(time.perf_counter() - start, 2)}
+    return words | {"report_seconds": round(time.process_time() - start, 2)}
 
 
 @torch.no_grad()
@@ -704,12 +704,12 @@ def plan(extent: Extent, seeds: Sequence[int]) -> list[tuple[int, str, str]]:
 
 
 def place_row(extent: Extent, bench: Bench, name: str, seed: int, report: bool) -> dict:
-    "A network of one variant, trained and measured."
+    "A network of one variant, trained and measured; seconds are those of the processor."
     variant, network = VARIANTS[name], build(bench, name, seed)
     size = {"parameters": parameters(network), "operations": operations(network, bench)}
-    start = time.perf_counter()
+    start = time.process_time()
     network, started = trained(network, bench, variant, extent.epochs[bench.kind], extent.batch, seed)
-    size["training_seconds"] = round(time.perf_counter() - start, 2)
+    size["training_seconds"] = round(time.process_time() - start, 2)
     scores = {"accuracy": right_share(network, bench.test, bench.test_labels), "train_accuracy": right_share(network, bench.train[:1000], bench.labels[:1000])}
     return scores | size | bank_signs(network, bench.train[:256], started) | (judged(network, bench) if report else {})
 
