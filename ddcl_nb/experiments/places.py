@@ -40,8 +40,8 @@ from ..training import banks
 
 # %% auto #0
 __all__ = ['PAIR_NOISE', 'WIDTH', 'HEADS', 'DEPTH', 'HIDDEN', 'PROTOTYPES', 'FEWEST', 'MOST', 'MERGE_BELOW', 'APART', 'FFN',
-           'LADDER', 'VARIANTS', 'GROUPS', 'RATE', 'RATIO', 'LOSS_WEIGHT', 'DECAY', 'EXTENTS', 'TASKS', 'CERTAIN',
-           'EXPERIMENT', 'Bench', 'text_bench', 'words', 'word_pieces', 'picked', 'patches', 'sst2_bench',
+           'LADDER', 'VARIANTS', 'GROUPS', 'RATE', 'RATIO', 'LOSS_WEIGHT', 'DECAY', 'FEW', 'EXTENTS', 'TASKS',
+           'CERTAIN', 'EXPERIMENT', 'Bench', 'text_bench', 'words', 'word_pieces', 'picked', 'patches', 'sst2_bench',
            'docstring_bench', 'cifar_bench', 'digit_bench', 'paired', 'pair_bench', 'used', 'noted', 'Stem', 'Block',
            'Network', 'MeanToken', 'LastToken', 'Prototypes', 'ConditionedBank', 'ConditionedReadout', 'SampledBank',
            'LearnedBank', 'Plus', 'share_bank', 'resized', 'Variant', 'with_ffn', 'with_norms', 'with_reading',
@@ -673,7 +673,7 @@ def right_share(network: Network, inputs: Tensor, labels: Tensor) -> float:
 # %% ../../nbs/experiments/12_places.ipynb #b9b78c60
 @dataclass(frozen=True)
 class Extent:
-    "Training and test inputs of a task, epochs of each kind, inputs in a batch, seeds, and for which variants there are reports."
+    "Training and test inputs of a task, epochs of each kind, inputs in a batch, seeds, which variants there are, and for which there are reports."
     train: int
     test: int
     pairs: int
@@ -681,9 +681,14 @@ class Extent:
     batch: int
     seeds: range
     reported: tuple[str, ...] | None = None  # all if None
+    variants: tuple[str, ...] | None = None  # all if None
 
 
-EXTENTS = {"quick": Extent(160, 200, 160, {"text": 2, "images": 2, "pairs": 2}, 20, range(2), (FFN,)),
+FEW = ("plain", "PrototypeFFN", FFN, "SerialDDCL", "RMSNorm", "PrototypeNorm", "learnt, a head each", "Gumbel, straight-through", "farthest points",
+       "one bank and a residual", "split and merge", "context beside", "bank listens", "causal, mean", "causal, DDCLReadout")
+"Variants of the quick profile: one or two for a question."
+
+EXTENTS = {"quick": Extent(160, 200, 160, {"text": 2, "images": 2, "pairs": 2}, 20, range(2), (FFN,), FEW),
            "full": Extent(3000, 1800, 1500, {"text": 3, "images": 4, "pairs": 4}, 50, range(5))}
 TASKS = ("text", "images", "pairs")
 
@@ -700,7 +705,8 @@ def task(data: str, extent: Extent, built_in: bool) -> Bench:
 
 def plan(extent: Extent, seeds: Sequence[int]) -> list[tuple[int, str, str]]:
     "Seed, task and variant of every row; pairs only where a context is asked for."
-    return [(seed, data, name) for seed in seeds for name in VARIANTS for data in TASKS if data != "pairs" or VARIANTS[name].context]
+    return [(seed, data, name) for seed in seeds for name in VARIANTS if extent.variants is None or name in extent.variants
+            for data in TASKS if data != "pairs" or VARIANTS[name].context]
 
 
 def place_row(extent: Extent, bench: Bench, name: str, seed: int, report: bool) -> dict:
@@ -722,7 +728,7 @@ def run(profile: str = "quick", seeds: Sequence[int] | None = None, out: str | P
         benches = {data: task(data, extent, built_in) for data in TASKS}
     except (DataNotFound, ModelNotLoaded):
         built_in, benches = True, {data: task(data, extent, True) for data in TASKS}
-    shown = {name: value for name, value in vars(extent).items() if name not in ("seeds", "reported")}
+    shown = {name: value for name, value in vars(extent).items() if name not in ("seeds", "reported", "variants")}
     log = Log("places", profile, out, {"built_in": built_in, **shown}, advance)  # whatever the seeds: an interrupted run may be finished with fewer
     reported = lambda seed, data, name: seed == 0 and data == "images" and (extent.reported is None or name in extent.reported)
     log.rows = [log.row(lambda: place_row(extent, benches[data], name, seed, reported(seed, data, name)), group=VARIANTS[name].group, data=data, method=name, seed=seed)
@@ -810,8 +816,8 @@ def figure_gains(rows: Sequence[dict]):
         for i, name in enumerate(names):
             g = found[name].get(data, np.array([]))
             if len(g):
-                mark = plots.palette(3)[{0: 0, 1: 2, -1: 1}[sign(g)]]
-                ax.errorbar(g.mean(), i, xerr=CERTAIN * standard_error(g) if len(g) > 1 else 0, fmt="o", ms=5, capsize=3, color=mark if sign(g) else "0.45")
+                colour = {0: "0.45", 1: plots.palette(3)[2], -1: plots.palette(3)[1]}[sign(g)]
+                ax.errorbar(g.mean(), i, xerr=CERTAIN * standard_error(g) if len(g) > 1 else 0, fmt="o", ms=5, capsize=3, color=colour)
                 ax.plot(g, np.full(len(g), i + 0.28), ".", ms=3, color="0.6")
             if i and VARIANTS[name].group != VARIANTS[names[i - 1]].group:
                 ax.axhline(i - 0.5, color="0.85", lw=0.8)
