@@ -40,7 +40,7 @@ from ..training import banks
 
 # %% auto #0
 __all__ = ['PAIR_NOISE', 'WIDTH', 'HEADS', 'DEPTH', 'HIDDEN', 'PROTOTYPES', 'FEWEST', 'MOST', 'MERGE_BELOW', 'APART', 'FFN',
-           'LADDER', 'VARIANTS', 'GROUPS', 'RATE', 'RATIO', 'LOSS_WEIGHT', 'DECAY', 'FEW', 'EXTENTS', 'TASKS',
+           'LADDER', 'VARIANTS', 'GROUPS', 'RATE', 'RATIO', 'LOSS_WEIGHT', 'DECAY', 'LAST', 'FEW', 'EXTENTS', 'TASKS',
            'CERTAIN', 'EXPERIMENT', 'Bench', 'text_bench', 'words', 'word_pieces', 'picked', 'patches', 'sst2_bench',
            'docstring_bench', 'cifar_bench', 'digit_bench', 'paired', 'pair_bench', 'used', 'noted', 'Stem', 'Block',
            'Network', 'MeanToken', 'LastToken', 'Prototypes', 'ConditionedBank', 'ConditionedReadout', 'SampledBank',
@@ -684,6 +684,8 @@ class Extent:
     variants: tuple[str, ...] | None = None  # all if None
 
 
+LAST = ("tau 2, above critical", "nearest, straight-through", "normal noise", "one bank for both blocks", "causal, last token")
+"Variants that come after all others of all seeds."
 FEW = ("plain", "PrototypeFFN", FFN, "SerialDDCL", "RMSNorm", "PrototypeNorm", "learnt, a head each", "Gumbel, straight-through", "farthest points",
        "one bank and a residual", "split and merge", "context beside", "bank listens", "causal, mean", "causal, DDCLReadout")
 "Variants of the quick profile: one or two for a question."
@@ -705,7 +707,8 @@ def task(data: str, extent: Extent, built_in: bool) -> Bench:
 
 def plan(extent: Extent, seeds: Sequence[int]) -> list[tuple[int, str, str]]:
     "Seed, task and variant of every row; pairs only where a context is asked for."
-    return [(seed, data, name) for seed in seeds for name in VARIANTS if extent.variants is None or name in extent.variants
+    wanted = [name for name in VARIANTS if extent.variants is None or name in extent.variants]
+    return [(seed, data, name) for last in (False, True) for seed in seeds for name in wanted if (name in LAST) == last
             for data in TASKS if data != "pairs" or VARIANTS[name].context]
 
 
