@@ -59,7 +59,16 @@ def test_a_growing_bank_is_trained_on(digits):
     network = P.build(digits, "split and merge")
     P.trained(network, digits, P.VARIANTS["split and merge"], 3, 20, 0)
     for bank in banks(network).values():
-        assert P.FEWEST <= bank.n_prototypes == len(bank.prototypes) <= P.MOST
+        assert P.FEWEST < bank.n_prototypes == len(bank.prototypes) <= P.MOST
+
+
+def test_a_bank_is_left_as_it_is_where_nothing_is_near_and_nothing_would_split():
+    torch.manual_seed(0)
+    centres = torch.tensor([[0.0, 0], [4, 0], [0, 4], [4, 4], [9, 9]])
+    tokens = (centres[:, None] + 0.1 * torch.randn(5, 100, 2)).flatten(0, 1)
+    assert torch.equal(P.resized(centres, tokens, torch.tensor(0.5)), centres)
+    assert len(P.resized(torch.cat([centres, centres[:2] + 0.01]), tokens, torch.tensor(0.5))) == 5
+    assert len(P.resized(centres[:4], tokens, torch.tensor(0.5))) == 5
 
 
 def rows(method, shifts):

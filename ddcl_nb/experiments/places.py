@@ -359,8 +359,7 @@ FEWEST, MOST, MERGE_BELOW, APART = 4, 32, 0.1, 0.5
 def resized(prototypes: Tensor, tokens: Tensor, temperature: Tensor, grad: str = "full") -> Tensor:
     "A bank `(K, m)` after merging what is too near and splitting what is below its split temperature, by the tokens `(N, m)`."
     while len(prototypes) > 2:
-        d = torch.cdist(prototypes, prototypes) + torch.inf * torch.eye(len(prototypes)).nan_to_num(0, posinf=torch.inf)
-        d.fill_diagonal_(torch.inf)
+        d = torch.cdist(prototypes, prototypes).fill_diagonal_(torch.inf)
         i, j = divmod(int(d.argmin()), len(d))
         if d[i, j] >= MERGE_BELOW * separation(prototypes).mean:
             break
