@@ -831,17 +831,22 @@ def figure_gains(rows: Sequence[dict]):
 
 
 def figure_signs(rows: Sequence[dict]):
-    "S_min relative to its start against the use of the bank, a point for each variant and task."
-    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(12, 3.8), sharex=True, sharey=True)
+    "S_min relative to its start against the use of the bank, a point for each variant and task; names where there is room."
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(11.5, 4), sharex=True, sharey=True)
+    colours = dict(zip(GROUPS, plots.palette(len(GROUPS))))
     for ax, data in zip(axes, TASKS):
-        for group, colour in zip(GROUPS, plots.palette(8)[np.arange(len(GROUPS)) % 8]):
-            for name in [m for m in dict.fromkeys(r["method"] for r in rows) if VARIANTS[m].group == group]:
-                own = [r for r in rows if r["data"] == data and r["method"] == name and "use" in r]
-                if own:
-                    x, y = (np.mean([r[c] for r in own]) for c in ("separation", "use"))
-                    ax.plot(x, y, "o", ms=5, color=colour)
+        named: list[tuple[float, float]] = []
+        for name in dict.fromkeys(r["method"] for r in rows):
+            own = [r for r in rows if r["data"] == data and r["method"] == name and "use" in r]
+            if own:
+                x, y = (float(np.mean([r[c] for r in own])) for c in ("separation", "use"))
+                ax.plot(x, y, "o", ms=5, color=colours[VARIANTS[name].group], label=GROUPS[VARIANTS[name].group])
+                if all(abs(x - u) > 0.4 or abs(y - v) > 0.03 for u, v in named):
                     ax.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+                    named.append((x, y))
         ax.set(title=data, xlabel="$S_{min}$ / $S_{min}$ at the start", ylabel="perplexity of use / K")
+    handles = {text: mark for mark, text in zip(*axes[0].get_legend_handles_labels())}
+    axes[1].legend(handles.values(), handles.keys(), fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
