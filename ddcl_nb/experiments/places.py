@@ -473,13 +473,13 @@ VARIANTS: dict[str, Variant] = {
     "causal, mean": Variant("decoder", "causal, mean", with_reading(MeanToken, causal=True)),
     "causal, last token": Variant("decoder", "causal, mean", with_reading(LastToken, causal=True)),
     "causal, DDCLReadout": Variant("decoder", "causal, mean", with_reading(_residual, causal=True))}
-"The variants by name; a control stands before what it is compared with."
 
+# %% ../../nbs/experiments/12_places.ipynb #8cdbe5da
 GROUPS = {"place": "the place", "normalisation": "normalisation", "temperature": "temperature", "sampling": "sampling", "start": "the start",
           "sharing": "sharing across blocks", "size": "the size of the bank", "context": "a context for the bank", "few labels": "a context where labels are few", "decoder": "a decoder's readout"}
 "The questions, in words."
 
-# %% ../../nbs/experiments/12_places.ipynb #8cdbe5da
+
 def parameters(network: Network) -> int:
     "Parameters beside the stem, a shared one once."
     return sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in network.stem.parameters())
@@ -845,6 +845,7 @@ def figure_signs(rows: Sequence[dict]):
                     ax.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
                     named.append((x, y))
         ax.set(title=data, xlabel="$S_{min}$ / $S_{min}$ at the start", ylabel="perplexity of use / K")
+    axes[0].set_xlim(right=1.35 * axes[0].get_xlim()[1])
     handles = {text: mark for mark, text in zip(*axes[0].get_legend_handles_labels())}
     axes[1].legend(handles.values(), handles.keys(), fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
