@@ -30,17 +30,18 @@ from ..quantize import DDCLQuantize
 from ..temperature import Anneal
 
 # %% auto #0
-__all__ = ['ALLOWANCES', 'HELD', 'LENGTH', 'CHUNK', 'LEVELS', 'GRID', 'PARTS', 'STEPS_OF', 'IMAGE', 'DRAWN', 'SHOWN', 'COURSE',
-           'TEXT', 'BETWEEN', 'PARTS_OF', 'KEPT', 'EXPERIMENT', 'Allowance', 'labelled', 'characters', 'Softly',
-           'NoBank', 'WarmHeads', 'ema_heads', 'ours_heads', 'quantiser', 'table_bits', 'whole_shares', 'on_grid',
-           'tokens_of', 'shown_as', 'sendings', 'indices_of', 'values_of', 'Prior', 'fitted_prior', 'prior_bits',
-           'frechet_distance', 'Features', 'classifier', 'seen', 'features_of', 'image_row', 'generated', 'looked_up',
-           'cold', 'course_row', 'TextAutoencoder', 'trained_text', 'told', 'trigram_distance', 'written', 'between',
-           'text_row', 'bottleneck_plan', 'run', 'real_distances', 'bottleneck_steps', 'of', 'mean_points', 'cheapest',
-           'leads', 'bottleneck_table', 'lasting', 'rate_words', 'bottleneck_verdict', 'draw',
-           'figure_bottleneck_rates', 'figure_courses', 'figure_between', 'figure_generated']
+__all__ = ['ALLOWANCES', 'HELD', 'LENGTH', 'CHUNK', 'LEVELS', 'GRID', 'PARTS', 'STEPS_OF', 'IMAGE', 'DRAWN', 'SOFT', 'SHOWN',
+           'TRIALS', 'COURSE', 'TEXT', 'BETWEEN', 'TEXTS', 'PARTS_OF', 'KEPT', 'EXPERIMENT', 'Allowance', 'labelled',
+           'characters', 'Softly', 'NoBank', 'WarmHeads', 'ema_heads', 'ours_heads', 'quantiser', 'table_bits',
+           'whole_shares', 'on_grid', 'tokens_of', 'shown_as', 'sendings', 'indices_of', 'values_of', 'CausalBlock',
+           'Prior', 'fitted_prior', 'prior_bits', 'frechet_distance', 'Features', 'classifier', 'seen', 'features_of',
+           'trial_row', 'image_row', 'generated', 'looked_up', 'cold', 'course_row', 'TextAutoencoder', 'trained_text',
+           'told', 'trigram_distance', 'written', 'between', 'text_row', 'bottleneck_plan', 'run', 'real_distances',
+           'bottleneck_steps', 'of', 'mean_points', 'cheapest', 'leads', 'bottleneck_table', 'lasting', 'rate_words',
+           'bottleneck_verdict', 'draw', 'figure_bottleneck_rates', 'figure_courses', 'figure_between',
+           'figure_generated']
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #1f4c73d9
+# %% ../../nbs/experiments/13_bottleneck.ipynb #5b6fa8fe
 @dataclass(frozen=True)
 class Allowance:
     "How much a profile measures."
@@ -57,8 +58,8 @@ class Allowance:
     warm: int = 2  # epochs
 
 
-ALLOWANCES = {"quick": Allowance(320, 200, 4, (200, 4), 20_000, 40, 30, range(2), 16, 64),
-              "full": Allowance(3000, 1000, 8, (2000, 30), 1_200_000, 500, 400, range(3))}
+ALLOWANCES = {"quick": Allowance(320, 200, 4, (200, 4), 20_000, 30, 20, range(2), 16, 64),
+              "full": Allowance(3000, 1000, 8, (2000, 24), 1_200_000, 300, 300, range(3))}
 HELD = 500
 "Training images at the end of the list that no run trains on; courses are followed on them."
 
@@ -175,15 +176,15 @@ def ours_heads(n_codes: int, steps: int, warm: int, seed: int, *, heads: int = 4
     "`DDCLQuantize` with product codes, cooled over half of the steps."
     return DDCLQuantize(LATENT, n_codes, heads=heads, warmup=warm, anneal=Anneal(0.1, 0.01, max(1, steps // 2)))
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #0ce97d38
+# %% ../../nbs/experiments/13_bottleneck.ipynb #5efaeadd
 _PLAIN = {BASE: {"commitment_weight": 0.25}, "straight-through": {"commitment_weight": 0.25}, "FSQ": {}}
 LEVELS = codebook.LEVELS | {256: [4, 4, 4, 4]}
 
 
-def quantiser(method: str, n_codes: int, steps: int, warm: int, seed: int) -> nn.Module:
-    "The quantiser of a name, for `steps` after `warm` steps of the plain autoencoder."
+def quantiser(method: str, n_codes: int, steps: int, warm: int, seed: int, weight: float = 0.25) -> nn.Module:
+    "The quantiser of a name, for `steps` after `warm` steps of the plain autoencoder; `weight` is that of `L_q` in soft ones."
     if method.startswith("soft"):
-        return Softly(n_codes, steps, warm, seed, tau=float(method.split()[-1]))
+        return Softly(n_codes, steps, warm, seed, tau=float(method.split()[-1]), weight=weight)
     made = {"no bank": NoBank, OURS: lambda *at: ours_heads(*at, heads=1), f"{OURS}, 4 heads": ours_heads, f"{BASE}, 4 heads": ema_heads}
     if method in made:
         return made[method](n_codes, steps, warm, seed)
@@ -271,7 +272,24 @@ def values_of(model: nn.Module, images: Tensor) -> Tensor:
     "What the decoder reads, `(N, m)`."
     return torch.cat([model.quantiser(model.encoder(x))[0].movedim(1, -1).flatten(0, 2) for x in images.split(500)])
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #73f5d219
+# %% ../../nbs/experiments/13_bottleneck.ipynb #bb19342d
+class CausalBlock(nn.Module):
+    "Attention to what came before, and a feed-forward layer, each on normalised input and added. Keys and values of the past may be handed in, so that a code is drawn without reading all again."
+
+    def __init__(self, dim: int, n_heads: int = 4):
+        super().__init__()
+        self.n_heads, self.qkv, self.out = n_heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norms, self.ffn = nn.ModuleList([nn.LayerNorm(dim), nn.LayerNorm(dim)]), nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # (B, N, dim)
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, dim / H) each
+        if past is not None:
+            k, v = (torch.cat([old, new], 2) for old, new in zip(past, (k, v)))
+        read = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        x = x + self.out(read.transpose(1, 2).flatten(-2))
+        return x + self.ffn(self.norms[1](x)), (k, v)
+
+
 class Prior(nn.Module):
     "A causal transformer over sequences `(B, N)` of codes."
 
@@ -279,28 +297,28 @@ class Prior(nn.Module):
         super().__init__()
         self.n_codes, self.length = n_codes, length
         self.embed, self.places = nn.Embedding(n_codes + 1, dim), nn.Parameter(0.02 * torch.randn(length, dim))
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True) for _ in range(blocks))
+        self.blocks = nn.ModuleList(CausalBlock(dim) for _ in range(blocks))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, n_codes)
 
     def forward(self, codes: Tensor) -> Tensor:  # logits (B, N, K) of each code, given those before it
         before = F.pad(codes[:, :-1], (1, 0), value=self.n_codes)
-        return self._read(before)
+        return self._read(before, 0, [None] * len(self.blocks))[0]
 
-    def _read(self, before: Tensor) -> Tensor:
-        n = before.shape[1]
-        x, mask = self.embed(before) + self.places[:n], nn.Transformer.generate_square_subsequent_mask(n)
-        for block in self.blocks:
-            x = block(x, src_mask=mask, is_causal=True)
-        return self.head(self.norm(x))
+    def _read(self, before: Tensor, start: int, past: list) -> tuple[Tensor, list]:
+        x, seen = self.embed(before) + self.places[start:start + before.shape[1]], []
+        for block, known in zip(self.blocks, past):
+            x, kept = block(x, known)
+            seen.append(kept)
+        return self.head(self.norm(x)), seen
 
     @torch.no_grad()
     def sample(self, n: int, seed: int) -> Tensor:
         "`n` sequences `(n, N)`, drawn code by code."
-        generator, codes = torch.Generator().manual_seed(seed), torch.full((n, 1), self.n_codes)
-        for _ in range(self.length):
-            q = torch.cat([self._read(part)[:, -1] for part in codes.split(250)]).softmax(-1)
-            codes = torch.cat([codes, torch.multinomial(q, 1, generator=generator)], 1)
-        return codes[:, 1:]
+        generator, drawn, past = torch.Generator().manual_seed(seed), [torch.full((n, 1), self.n_codes)], [None] * len(self.blocks)
+        for i in range(self.length):
+            logits, past = self._read(drawn[-1], i, past)
+            drawn.append(torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator))
+        return torch.cat(drawn[1:], 1)
 
 
 def fitted_prior(codes: Tensor, n_codes: int, steps: int, seed: int, batch: int = 32) -> Prior:
@@ -378,19 +396,33 @@ def features_of(profile: str, images: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.cat([model.features(x.clamp(0, 1)) for x in images.split(500)])
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #219449b1
+# %% ../../nbs/experiments/13_bottleneck.ipynb #ea2a64b8
 IMAGE = ("no bank", "soft, tau 0.1", "soft, tau 0.01", OURS, BASE, f"{OURS}, 4 heads", f"{BASE}, 4 heads", "FSQ")
 DRAWN = (OURS, BASE, "FSQ")
-"Methods of the images, and those whose codes get a prior."
+SOFT = tuple(method for method in IMAGE if method.startswith("soft"))
+"Methods of the images, those whose codes get a prior, and those that are sent as mixtures."
 SHOWN = 10
 
 
-def image_row(size: Allowance, profile: str, method: str, seed: int) -> dict:
+TRIALS = (0.0, 0.25)
+"Weights of `L_q` among which a soft bottleneck may choose."
+
+
+def trial_row(size: Allowance, profile: str, method: str, trial: int) -> dict:
+    "A trial of a weight of `L_q`: error on held-out images, mixtures sent as floats."
+    images = labelled(profile, "train")[0]
+    train, held, per = images[:min(size.images, len(images) - HELD)], images[-HELD:], -(-min(size.images, len(images) - HELD) // 64)
+    torch.manual_seed(100)
+    made = quantiser(method, size.codes, (size.epochs - size.warm) * per, size.warm * per, 100, TRIALS[trial])
+    return {"mse": use(trained(made, train, size.epochs, 100), held, size.codes)[0]["mse"], "weight": TRIALS[trial]}
+
+
+def image_row(size: Allowance, profile: str, method: str, seed: int, weight: float = 0.25) -> dict:
     "An autoencoder trained and sent; with a prior where there is one index a token."
     images, test = labelled(profile, "train")[0], labelled(profile, "test")[0][:size.test]
     images, per = images[:min(size.images, len(images) - HELD)], -(-min(size.images, len(images) - HELD) // 64)
     torch.manual_seed(seed)
-    model = trained(quantiser(method, size.codes, (size.epochs - size.warm) * per, size.warm * per, seed), images, size.epochs, seed)
+    model = trained(quantiser(method, size.codes, (size.epochs - size.warm) * per, size.warm * per, seed, weight), images, size.epochs, seed)
     points = sendings(model, images[:1000], test, size.codes)
     row = {"mse": min(point["mse"] for point in points), "points": points}
     if method in DRAWN:
@@ -480,8 +512,8 @@ def trained_text(method: str, size: Allowance, train: Tensor, alphabet: int, see
         schedule.step()
     return model.eval()
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #e89b9581
-TEXT = (OURS, BASE, "straight-through", "FSQ", "soft, tau 0.01", "characters")
+# %% ../../nbs/experiments/13_bottleneck.ipynb #3b5f5b57
+TEXT = (OURS, BASE, "FSQ", "soft, tau 0.01", "characters")
 "Methods of the text; the last has no codes."
 
 
@@ -495,7 +527,7 @@ def told(model: TextAutoencoder, text: Tensor) -> tuple[float, float]:
 def trigram_distance(a: Tensor, b: Tensor) -> float:
     "Jensen-Shannon divergence, in bits, of the trigrams of two texts `(B, L)` of numbers below 256."
     count = lambda text: torch.unique((text[:, :-2] << 16) + (text[:, 1:-1] << 8) + text[:, 2:], return_counts=True)
-    both = [dict(zip(keys.tolist(), (n / n.sum()).tolist())) for keys, n in (count(a.long()), count(b.long()))]
+    both = [dict(zip(keys.tolist(), (n.double() / n.sum()).tolist())) for keys, n in (count(a.long()), count(b.long()))]
     p, q = (np.array([part.get(key, 0.0) for key in both[0] | both[1]]) for part in both)
     term = lambda x: float(np.sum(x[x > 0] * np.log2(x[x > 0] / ((p + q) / 2)[x > 0])))
     return (term(p) + term(q)) / 2
@@ -504,7 +536,7 @@ def trigram_distance(a: Tensor, b: Tensor) -> float:
 def written(numbers: Tensor, alphabet: Sequence[str]) -> str:
     return "".join(alphabet[i] for i in numbers.tolist())
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #e0386250
+# %% ../../nbs/experiments/13_bottleneck.ipynb #a765985a
 BETWEEN = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -527,24 +559,28 @@ def between(model: TextAutoencoder, text: Tensor, n: int, seed: int) -> tuple[li
     return uncertain, float(new.float().mean()), [r[shown].tolist() for r in read]
 
 
+TEXTS = 4000
+"Training sequences whose codes a prior reads."
+
+
 def text_row(size: Allowance, profile: str, method: str, seed: int) -> dict:
     "A text autoencoder and its prior, measured on test text."
     train, test, alphabet, _ = characters(profile, size.characters)
-    test = test[:400]
+    train, test = train[:TEXTS], test[:300]
     if method == "characters":
         prior = fitted_prior(train, len(alphabet), size.prior_steps, seed)
         new = prior.sample(len(test), seed)
         return {"bits": prior_bits(prior, test)} | _drawn(new, test, alphabet, seed == size.seeds[0])
-    model = trained_text(method, size, train, len(alphabet), seed)
+    model = trained_text(method, size, characters(profile, size.characters)[0], len(alphabet), seed)
     accuracy, rest = told(model, test)
     uncertain, new_share, pair = between(model, test, 200, seed)
     row = {"accuracy": accuracy, "decoder_bits": rest, "uncertain": uncertain, "new_between": new_share, "pair": ["".join(alphabet[i] for i in r) for r in pair]}
-    codes, held = (torch.cat([indices_of(model, x) for x in t.split(500)])[..., 0] for t in (train, test))
+    held = indices_of(model, test)[..., 0]
     row["perplexity"] = perplexity(usage_counts(held.flatten().numpy(), size.text_codes))
     if method.startswith("soft"):
         return row
+    codes, values = indices_of(model, train)[..., 0], values_of(model, train)
     prior = fitted_prior(codes, size.text_codes, size.prior_steps, seed)
-    values = torch.cat([values_of(model, x) for x in train.split(500)])
     table = values.mean(0).repeat(size.text_codes, 1)
     table[codes.flatten()] = values
     drawn = table[prior.sample(len(test), seed)].mT[..., None]
@@ -557,7 +593,7 @@ def text_row(size: Allowance, profile: str, method: str, seed: int) -> dict:
 def _drawn(new: Tensor, test: Tensor, alphabet: Sequence[str], keep: bool) -> dict:
     return {"trigrams": trigram_distance(new, test)} | ({"sample": written(new[0], alphabet)} if keep else {})
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #c437af02
+# %% ../../nbs/experiments/13_bottleneck.ipynb #3a23a989
 PARTS_OF = {"course": (COURSE, course_row), "text": (TEXT, text_row), "images": (IMAGE, image_row)}
 KEPT = ("points", "curve", "pictures", "uncertain", "pair", "sample")
 "What a row holds beside numbers; kept beside the rows."
@@ -575,13 +611,18 @@ def run(profile: str = "quick", seeds: Sequence[int] | None = None, out: str | P
     seeds = list(size.seeds if seeds is None else seeds)
     settings = {name: list(value) if isinstance(value, (range, tuple)) else value for name, value in vars(size).items()} | {"seeds": seeds}
     log = Log("bottleneck", profile, out, settings, advance)
+    weights = {}
+    for method in SOFT:
+        trials = [log.row(lambda: trial_row(size, profile, method, t), part="tuning", method=method, trial=t) for t in range(len(TRIALS))]
+        weights[method] = {"weight": min(trials, key=lambda row: row["mse"])["weight"]}
     for part, method, seed in bottleneck_plan(size, seeds):
-        log.row(lambda: PARTS_OF[part][1](size, profile, method, seed), part=part, method=method, seed=seed)
+        log.row(lambda: PARTS_OF[part][1](size, profile, method, seed, **(weights.get(method, {}) if part == "images" else {})), part=part, method=method, seed=seed)
+    tuning, log.rows = [row for row in log.rows if row["part"] == "tuning"], [row for row in log.rows if row["part"] != "tuning"]
     kept = {name: [{k: row[k] for k in ("part", "method", "seed")} | {name: row.pop(name)} for row in log.rows if name in row] for name in KEPT}
     pictures = {row["method"]: np.array(row["pictures"], dtype=np.uint8) for row in kept.pop("pictures")}
     sources = {"images": labelled(profile, "train")[2], "text": characters(profile, size.characters)[3]}
     result = log.finish(title=EXPERIMENT.title, paper=EXPERIMENT.paper, sources=sources, table=bottleneck_table(log.rows), verdict=bottleneck_verdict(log.rows, kept),
-                        real=real_distances(size, profile), **kept)
+                        real=real_distances(size, profile), tuning=tuning, **kept)
     draw(result, pictures, labelled(profile, "test")[0][:SHOWN], out)
     return result
 
@@ -591,15 +632,15 @@ def real_distances(size: Allowance, profile: str) -> dict:
     train, test, _, _ = characters(profile, size.characters)
     images = labelled(profile, "train")[0][-size.test:]
     return {"classifier": classifier(profile)[1], "frechet": frechet_distance(features_of(profile, images), features_of(profile, labelled(profile, "test")[0][:size.test])),
-            "trigrams": trigram_distance(train[:len(test[:400])], test[:400])}
+            "trigrams": trigram_distance(train[:len(test[:300])], test[:300])}
 
 
 def bottleneck_steps(profile: str, seeds: Sequence[int] | None = None) -> int:
     "How many rows a run measures, for its progress bar."
     size = ALLOWANCES[profile]
-    return len(bottleneck_plan(size, list(size.seeds if seeds is None else seeds)))
+    return len(SOFT) * len(TRIALS) + len(bottleneck_plan(size, list(size.seeds if seeds is None else seeds)))
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #7ce3d0be
+# %% ../../nbs/experiments/13_bottleneck.ipynb #98cc30e4
 def of(rows: Sequence[dict], part: str, method: str, name: str) -> list[float]:
     "A column of one method, by seed."
     return [row[name] for row in rows if row["part"] == part and row["method"] == method and row.get(name) is not None]
@@ -634,7 +675,7 @@ def bottleneck_table(rows: Sequence[dict]) -> list[dict]:
     lines = []
     for data, part, name, words, unit, peers in (("images, position 2", "images", "mse", "hard-decoded error, thousandths", 1000, (BASE, "FSQ")),
                                                  ("images, position 2", "images", "frechet", "Fréchet distance of generated images", 1, (BASE, "FSQ")),
-                                                 ("text, position 2", "text", "bits", "bits a character, all told", 1, (BASE, "straight-through", "FSQ"))):
+                                                 ("text, position 2", "text", "bits", "bits a character, all told", 1, (BASE, "FSQ"))):
         peer = min(peers, key=lambda m: np.mean(of(rows, part, m, name)))
         value = lambda method: spread(unit * np.array(of(rows, part, method, name)))
         lines.append({"data": data, "measure": f"{words} (against {peer})", "paper": None, "paper_kmeans": None, "papers_setting": None, "kmeans": value(peer), "ours": value(OURS)})
