@@ -449,7 +449,7 @@ def verdict(rows: Sequence[dict]) -> str:
     for K in sorted({row["codebook"] for row in rows}):
         peer_ = best_peer(rows, K)
         mean = lambda method, name: float(np.mean(column(rows, K, method, name)))
-        words = f"At K = {K} DDCLQuantize decodes its indices with error {mean(OURS, 'mse'):.5f} at perplexity {mean(OURS, 'perplexity'):.0f}; the best of the others is {peer_} with {mean(peer_, 'mse'):.5f} at {mean(peer_, 'perplexity'):.0f}"
+        words = f"At K = {K} ({len(column(rows, K, OURS, 'mse'))} seeds) DDCLQuantize decodes its indices with error {mean(OURS, 'mse'):.5f} at perplexity {mean(OURS, 'perplexity'):.0f}; the best of the others is {peer_} with {mean(peer_, 'mse'):.5f} at {mean(peer_, 'perplexity'):.0f}"
         if column(rows, K, PAPERS, "mse"):
             words += f"; the paper's layer has {mean(PAPERS, 'mse'):.5f} at perplexity {mean(PAPERS, 'perplexity'):.1f}"
         parts.append(words + ".")
@@ -480,8 +480,9 @@ def figure_rates(result: Result):
     sizes = sorted({row["codebook"] for row in result.rows})
     for method, colour in zip(LARGE, plots.palette(len(LARGE))):
         for ax, name in ((left, "mse"), (right, "perplexity")):
-            values = [np.array(column(result.rows, K, method, name)) / (K if name == "perplexity" else 1) for K in sizes]
-            ax.errorbar(np.log2(sizes), [v.mean() for v in values], [v.std(ddof=1) if len(v) > 1 else 0 for v in values], color=colour, marker="o", ms=4, capsize=2, label=method)
+            own = [K for K in sizes if column(result.rows, K, method, name)]
+            values = [np.array(column(result.rows, K, method, name)) / (K if name == "perplexity" else 1) for K in own]
+            ax.errorbar(np.log2(own), [v.mean() for v in values], [v.std(ddof=1) if len(v) > 1 else 0 for v in values], color=colour, marker="o", ms=4, capsize=2, label=method)
     left.set(yscale="log", xlabel="bits a token", ylabel="hard-decoded error")
     right.set(xlabel="bits a token", ylabel="perplexity / K", ylim=(0, 1.02))
     left.legend(fontsize=8)
