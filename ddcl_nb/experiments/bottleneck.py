@@ -720,7 +720,7 @@ def bottleneck_verdict(rows: Sequence[dict], kept: dict) -> str:
     return (f"Rate: {rate}. Time, without a warm start: {time_}. Text, characters given back: {right}. Bits a character, all told: {text}. "
             f"Generated images, Fréchet distance on the features used here: {drawn}.")
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #f362869f
+# %% ../../nbs/experiments/13_bottleneck.ipynb #69f86539
 def draw(result: Result, pictures: dict[str, np.ndarray], originals: Tensor, out: str | Path) -> None:
     "Figures: rate and distortion, courses, between two prototypes, generated images."
     plots.use_style()
@@ -733,27 +733,39 @@ def draw(result: Result, pictures: dict[str, np.ndarray], originals: Tensor, out
 
 def figure_bottleneck_rates(points: Sequence[dict]):
     "Bits and error of every way of sending."
-    figure, ax = require("matplotlib.pyplot", "plots").subplots(figsize=(9, 4.2))
+    figure, ax = require("matplotlib.pyplot", "plots").subplots(figsize=(8.6, 4.2))
+    bits = [p["bits"] for method in IMAGE for p in mean_points(points, method) if p["how"] != "as floats"]
     for method, colour in zip(IMAGE, plots.palette(len(IMAGE))):
         for how, marker, style in (("index", "o", "none"), ("values", "s", "-"), ("weights", "^", ":")):
             own = [p for p in mean_points(points, method) if p["how"] == how]
             if own:
                 ax.errorbar([p["bits"] for p in own], [p["mse"] for p in own], [p["deviation"] for p in own], color=colour, marker=marker, ls=style, ms=6, capsize=2, lw=1.3,
                             label=f"{method}: {how}")
-    ax.set(xscale="log", yscale="log", xlabel="bits a token", ylabel="error of decoded test images")
+    ax.set(yscale="log", xlabel="bits a token", ylabel="error of decoded test images")
+    _plain_ticks(ax, (1, 2, 4, 8, 16, 32, 64)[int(np.log2(max(1, min(b for b in bits)))):])
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     return figure
 
 
+def _plain_ticks(ax, values: Sequence[int]) -> None:
+    "A logarithmic axis with these numbers on it."
+    ax.set_xscale("log")
+    ax.set_xticks(values, [str(v) for v in values])
+    ax.set_xticks([], minor=True)
+
+
 def figure_courses(curves: Sequence[dict]):
     "Hard-decoded error and perplexity by epoch."
-    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(10.5, 3.4))
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(9.4, 3.3))
     for method, colour in zip(COURSE, plots.palette(len(COURSE))):
         for i, row in enumerate(row for row in curves if row["method"] == method):
             for ax, name in zip(axes, ("mse", "perplexity")):
                 ax.plot([s["epoch"] for s in row["curve"]], [s[name] for s in row["curve"]], color=colour, lw=1.4, label=method if i == 0 else None)
-    axes[0].set(yscale="log", xscale="log", xlabel="epoch", ylabel="hard-decoded error, held-out images")
-    axes[1].set(xscale="log", xlabel="epoch", ylabel="perplexity")
+    axes[0].set(yscale="log", ylabel="hard-decoded error, held-out images")
+    axes[1].set(ylabel="perplexity", ylim=(0, None))
+    for ax in axes:
+        _plain_ticks(ax, [e for e in (1, 2, 4, 8, 16, 32) if e <= max(s["epoch"] for row in curves for s in row["curve"])])
+        ax.set_xlabel("epoch")
     axes[0].legend(fontsize=8)
     return figure
 
@@ -773,7 +785,7 @@ def figure_between(rows: Sequence[dict]):
 def figure_generated(pictures: dict[str, np.ndarray], originals: Tensor):
     "A row of generated images for each quantiser, below test images."
     rows = {"test images": (originals * 255).round().byte().numpy(), **pictures}
-    figure, axes = require("matplotlib.pyplot", "plots").subplots(len(rows), SHOWN, figsize=(SHOWN * 0.9 + 1.5, 0.92 * len(rows)), squeeze=False)
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(len(rows), SHOWN, figsize=(SHOWN * 0.78 + 1.5, 0.82 * len(rows)), squeeze=False)
     for line, (name, images) in zip(axes, rows.items()):
         for ax, image in zip(line, images):
             ax.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray" if image.shape[0] == 1 else None)
