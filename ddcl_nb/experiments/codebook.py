@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import plots
+from .. import plots, quantize
 from ..assign import assignments, ddcl
 from ..bank import PrototypeBank
 from ..benchmark import peak_so_far
@@ -36,8 +37,9 @@ from ..temperature import Anneal
 __all__ = ['SIZES', 'PAPER_SIZE', 'WIDTH', 'LATENT', 'LEVELS', 'OURS', 'PAPERS', 'BASE', 'METHODS', 'LARGE', 'SHOWN', 'PAPER',
            'EXPERIMENT', 'Extent', 'pictures', 'Autoencoder', 'placed', 'Warm', 'peer', 'Rounded', 'flat_dirichlet_kl',
            'Drawn', 'Fixed', 'ours', 'trials', 'trained', 'ssim', 'decoded', 'use', 'quality', 'softly_used',
-           'forget_peak', 'measured', 'split', 'tried', 'wanted', 'run', 'setting_of', 'steps', 'column', 'best_peer',
-           'table', 'verdict', 'draw', 'figure_scores', 'figure_rates', 'figure_4', 'figure_pictures']
+           'forget_peak', 'measured', 'split', 'tried', 'inside', 'followed', 'wanted', 'run', 'setting_of', 'steps',
+           'column', 'best_peer', 'table', 'verdict', 'draw', 'figure_scores', 'figure_rates', 'figure_4',
+           'figure_pictures', 'figure_stuck']
 
 # %% ../../nbs/experiments/05_codebook.ipynb #9568ac1f
 @dataclass(frozen=True)
@@ -369,6 +371,27 @@ def tried(size: Extent, n_codes: int, method: str, settings: dict) -> dict:
     model = trained(maker(n_codes, (size.epochs - size.warm) * steps, size.warm * steps, 100, **settings), images, size.epochs, 100)
     return {"mse": use(model, held, n_codes)[0]["mse"]}
 
+# %% ../../nbs/experiments/05_codebook.ipynb #5f0a7c32
+@torch.no_grad()
+def inside(model: Autoencoder, held: Tensor) -> dict:
+    "Errors of codes, of soft centroids and of the latents themselves, tau, and the four largest variances of the latents along their axes."
+    hard, soft = (float(F.mse_loss(decoded(model, held, soft=soft)[0], held)) for soft in (False, True))
+    latents = torch.cat([model.encoder(x) for x in held.split(500)])
+    plain = float(F.mse_loss(torch.cat([model.decoder(z) for z in latents.split(500)]), held))
+    spectrum = torch.linalg.eigvalsh(latents[:200].movedim(1, -1).flatten(0, 2).T.cov()).flip(0)[:4]
+    return {"mse": hard, "soft": soft, "plain": plain, "tau": float(model.quantiser.stages[0].reduced_temperature), "variances": spectrum.tolist()}
+
+
+def followed(size: Extent, seed: int, commitment: float, local: tuple[float, float] = (quantize.START, quantize.SHARPNESS)) -> list[dict]:
+    "The course of ours at the first codebook size, on held-out images, epoch by epoch; `local` is where cooling begins and ends, in local temperatures."
+    images, held = split(size)
+    torch.manual_seed(seed)
+    steps, course = math.ceil(len(images) / 64), []
+    made = ours(size.codebooks[0], (size.epochs - size.warm) * steps, size.warm * steps, seed, commitment=commitment)
+    with patch.multiple(quantize, START=local[0], SHARPNESS=local[1]):
+        trained(made, images, size.epochs, seed, lambda model: course.append({"epoch": len(course) + 1} | inside(model, held[:500])))
+    return course
+
 # %% ../../nbs/experiments/05_codebook.ipynb #4fdc01c8
 def wanted(size: Extent, seeds: Sequence[int]) -> list[tuple[int, str, int]]:
     "Codebook size, method and seed of every run: all methods at the first size, `LARGE` elsewhere; five seeds there and at 512, three at the other sizes."
@@ -513,6 +536,24 @@ def figure_pictures(shown: dict[str, np.ndarray], originals: Tensor):
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def figure_stuck(courses: Sequence[dict]):
+    "Courses of single runs: the latents' own error and that of their codes, the second and third variance of the latents, and the gap of soft and hard decoding."
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 3, figsize=(11.5, 3.3))
+    for course, colour in zip(courses, plots.palette(len(courses))):
+        of = lambda name: np.array([state[name] for state in course["course"]])
+        epochs, variances = of("epoch"), of("variances")
+        axes[0].plot(epochs, of("mse"), color=colour, label=course["name"])
+        axes[0].plot(epochs, of("plain"), color=colour, ls=":")
+        for rank, style in ((1, "-"), (2, "--")):
+            axes[1].plot(epochs, variances[:, rank], color=colour, ls=style)
+        axes[2].plot(epochs, (of("mse") - of("soft")) / of("mse"), color=colour)
+    axes[0].set(yscale="log", xlabel="epoch", ylabel="error (dotted: of the latents)")
+    axes[1].set(yscale="log", xlabel="epoch", ylabel="variance, 2nd and (dashed) 3rd")
+    axes[2].set(xlabel="epoch", ylabel="(hard - soft) / hard")
+    axes[0].legend(fontsize=8)
     return figure
 
 
