@@ -472,7 +472,8 @@ def verdict(rows: Sequence[dict]) -> str:
     for K in sorted({row["codebook"] for row in rows}):
         peer_ = best_peer(rows, K)
         mean = lambda method, name: float(np.mean(column(rows, K, method, name)))
-        words = f"At K = {K} ({len(column(rows, K, OURS, 'mse'))} seeds) DDCLQuantize decodes its indices with error {mean(OURS, 'mse'):.5f} at perplexity {mean(OURS, 'perplexity'):.0f}; the best of the others is {peer_} with {mean(peer_, 'mse'):.5f} at {mean(peer_, 'perplexity'):.0f}"
+        n = len(column(rows, K, OURS, "mse"))
+        words = f"At K = {K} ({n} seed{'s' * (n > 1)}) DDCLQuantize decodes its indices with error {mean(OURS, 'mse'):.5f} at perplexity {mean(OURS, 'perplexity'):.0f}; the best of the others is {peer_} with {mean(peer_, 'mse'):.5f} at {mean(peer_, 'perplexity'):.0f}"
         if column(rows, K, PAPERS, "mse"):
             words += f"; the paper's layer has {mean(PAPERS, 'mse'):.5f} at perplexity {mean(PAPERS, 'perplexity'):.1f}"
         parts.append(words + ".")
@@ -490,7 +491,7 @@ def draw(result: Result, shown: dict[str, np.ndarray], originals: Tensor, out: s
 
 
 def figure_scores(result: Result, K: int):
-    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(10.5, 3.4), sharey=True)
+    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(9.4, 3.4), sharey=True)
     plots.bars({m: column(result.rows, K, m, "mse") for m in METHODS}, left, "hard-decoded error")
     plots.bars({m: column(result.rows, K, m, "perplexity") for m in METHODS}, right, "perplexity")
     left.set_xscale("log")
@@ -499,7 +500,7 @@ def figure_scores(result: Result, K: int):
 
 
 def figure_rates(result: Result):
-    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(10, 3.2))
+    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(9.4, 3.2))
     sizes = sorted({row["codebook"] for row in result.rows})
     for method, colour in zip(LARGE, plots.palette(len(LARGE))):
         for ax, name in ((left, "mse"), (right, "perplexity")):
@@ -541,7 +542,7 @@ def figure_pictures(shown: dict[str, np.ndarray], originals: Tensor):
 
 def figure_stuck(courses: Sequence[dict]):
     "Courses of single runs: the latents' own error and that of their codes, the second and third variance of the latents, and the gap of soft and hard decoding."
-    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 3, figsize=(11.5, 3.3))
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 3, figsize=(9.5, 3))
     for course, colour in zip(courses, plots.palette(len(courses))):
         of = lambda name: np.array([state[name] for state in course["course"]])
         epochs, variances = of("epoch"), of("variances")
@@ -553,7 +554,9 @@ def figure_stuck(courses: Sequence[dict]):
     axes[0].set(yscale="log", xlabel="epoch", ylabel="error (dotted: of the latents)")
     axes[1].set(yscale="log", xlabel="epoch", ylabel="variance, 2nd and (dashed) 3rd")
     axes[2].set(xlabel="epoch", ylabel="(hard - soft) / hard")
-    axes[0].legend(fontsize=8)
+    for ax in axes:
+        ax.set_xticks(range(2, int(epochs[-1]) + 1, 2))
+    axes[0].legend(fontsize=7)
     return figure
 
 
