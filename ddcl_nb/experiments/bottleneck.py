@@ -41,7 +41,7 @@ __all__ = ['ALLOWANCES', 'HELD', 'LENGTH', 'CHUNK', 'LEVELS', 'GRID', 'PARTS', '
            'lasting', 'rate_words', 'bottleneck_verdict', 'draw', 'figure_bottleneck_rates', 'figure_courses',
            'figure_between', 'figure_generated']
 
-# %% ../../nbs/experiments/13_bottleneck.ipynb #5b6fa8fe
+# %% ../../nbs/experiments/13_bottleneck.ipynb #c06b6bfb
 @dataclass(frozen=True)
 class Allowance:
     "How much a profile measures."
@@ -58,7 +58,7 @@ class Allowance:
     warm: int = 2  # epochs
 
 
-ALLOWANCES = {"quick": Allowance(320, 200, 4, (200, 4), 20_000, 30, 20, range(2), 16, 64),
+ALLOWANCES = {"quick": Allowance(800, 200, 12, (400, 12), 20_000, 30, 60, range(2), 16, 64),
               "full": Allowance(3000, 1000, 8, (2000, 24), 1_200_000, 300, 300, range(3))}
 HELD = 500
 "Training images at the end of the list that no run trains on; courses are followed on them."

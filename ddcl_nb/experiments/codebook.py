@@ -495,6 +495,7 @@ def figure_scores(result: Result, K: int):
     plots.bars({m: column(result.rows, K, m, "mse") for m in METHODS}, left, "hard-decoded error")
     plots.bars({m: column(result.rows, K, m, "perplexity") for m in METHODS}, right, "perplexity")
     left.set_xscale("log")
+    left.tick_params(axis="x", which="minor", labelsize=6)
     right.axvline(K, color="0.4", ls="--", lw=1)
     return figure
 
