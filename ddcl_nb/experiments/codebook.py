@@ -7,21 +7,24 @@ Docs: https://ddcl-nb.github.io/ddcl_nb/experiments/codebook.html.md"""
 # %% ../../nbs/experiments/05_codebook.ipynb #009cf976
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import plots
+from .. import plots, quantize
 from ..assign import assignments, ddcl
 from ..bank import PrototypeBank
+from ..benchmark import peak_so_far
 from ..data import DataNotFound, load_cifar10, load_digits
 from .registry import Experiment, Log, Result, check_profile, spread
 from ..extras import require
@@ -34,8 +37,9 @@ from ..temperature import Anneal
 __all__ = ['SIZES', 'PAPER_SIZE', 'WIDTH', 'LATENT', 'LEVELS', 'OURS', 'PAPERS', 'BASE', 'METHODS', 'LARGE', 'SHOWN', 'PAPER',
            'EXPERIMENT', 'Extent', 'pictures', 'Autoencoder', 'placed', 'Warm', 'peer', 'Rounded', 'flat_dirichlet_kl',
            'Drawn', 'Fixed', 'ours', 'trials', 'trained', 'ssim', 'decoded', 'use', 'quality', 'softly_used',
-           'measured', 'split', 'tried', 'wanted', 'run', 'setting_of', 'steps', 'column', 'best_peer', 'table',
-           'verdict', 'draw', 'figure_scores', 'figure_rates', 'figure_4', 'figure_pictures']
+           'forget_peak', 'measured', 'split', 'tried', 'inside', 'followed', 'wanted', 'run', 'setting_of', 'steps',
+           'column', 'best_peer', 'table', 'verdict', 'draw', 'figure_scores', 'figure_rates', 'figure_4',
+           'figure_pictures', 'figure_stuck']
 
 # %% ../../nbs/experiments/05_codebook.ipynb #9568ac1f
 @dataclass(frozen=True)
@@ -45,14 +49,14 @@ class Extent:
     test: int
     epochs: int
     seeds: range
-    codebooks: tuple[int, ...]
+    codebooks: tuple[int, ...]  # settings are chosen at the first
     warm: int = 2  # epochs of the plain autoencoder before codes are placed
     tuning: int = 2500  # images of a tuning run
     held_out: int = 1000  # training images on which settings are chosen
 
 
-SIZES = {"quick": Extent(320, 200, 6, range(2), (16,), tuning=0), "full": Extent(4000, 10000, 12, range(5), (64, 512), tuning=4000)}
-PAPER_SIZE = Extent(20000, 10000, 50, range(5), (16, 64, 512, 1024, 4096))
+SIZES = {"quick": Extent(320, 200, 6, range(2), (16,), tuning=0), "full": Extent(4000, 10000, 12, range(5), (64, 16, 512, 1024, 4096), tuning=4000)}
+PAPER_SIZE = Extent(20000, 10000, 50, range(5), (64, 16, 512, 1024, 4096))
 "The whole of what is here, at the paper's number of epochs: `run(\"full\", size=PAPER_SIZE)`."
 
 
@@ -104,8 +108,19 @@ class Warm(nn.Module):
                 self.place(torch.cat(self.seen))
                 self.seen = []
             return z, torch.zeros(len(z), *z.shape[2:], dtype=torch.long), z.new_zeros(())
+        if not self.training and self._book() is not None:
+            return self.nearest(z)
         quantised, indices, *loss = self.quantiser(z)
         return quantised, indices.long(), sum(loss)
+
+    def _book(self) -> nn.Module | None:
+        return getattr(self.quantiser, "_codebook", None)
+
+    def nearest(self, z: Tensor):
+        "What the library returns in evaluation, without the K flags of each token that it makes on the way."
+        codes = self._book().embed[0]
+        indices = torch.cdist(z.movedim(1, -1).flatten(0, 2), codes).argmin(-1).reshape(len(z), *z.shape[2:])
+        return codes[indices].movedim(-1, 1), indices, z.new_zeros(())
 
     def _gather(self, z: Tensor) -> None:
         keep = max(100, 10 * self.quantiser.codebook_size // z[0, 0].numel() // len(z) + 1)  # batches
@@ -113,8 +128,7 @@ class Warm(nn.Module):
 
     @torch.no_grad()
     def place(self, tokens: Tensor) -> None:
-        book = getattr(self.quantiser, "_codebook", None)
-        if book is None:  # SimVQ draws its codes and learns a linear map of them
+        if (book := self._book()) is None:  # SimVQ draws its codes and learns a linear map of them
             return
         codes = placed(tokens, self.quantiser.codebook_size, self.seed)[None]
         for name in ("embed", "embed_avg"):
@@ -225,7 +239,7 @@ METHODS: dict[str, tuple[Callable[..., nn.Module], dict[str, tuple[float, ...]]]
 "Quantisers by name: what makes one, and the settings to choose from."
 
 LARGE = (OURS, BASE, "FSQ", "rotation trick", "SimVQ")
-"Methods that also run at 512 codes; above, the first three of them."
+"Methods that also run at other sizes than the first; above 512 codes, the first four of them."
 
 
 def trials(method: str) -> list[dict]:
@@ -305,26 +319,36 @@ def softly_used(model: Autoencoder, images: Tensor) -> float:
     return float((weights > 0.01 / len(weights)).float().mean())
 
 # %% ../../nbs/experiments/05_codebook.ipynb #06ba8c52
+def forget_peak() -> int:
+    "Bytes of memory now held; where the system can, what is free is given back and the peak counts from here."
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        pass
+    return peak_so_far()
+
+
 def measured(size: Extent, n_codes: int, method: str, seed: int, settings: dict) -> dict:
     "One row: a run of a method, measured on test images; its course on held-out training images."
     images, held, test = *split(size), pictures("test")[0][:size.test]
     torch.manual_seed(seed)
-    steps, curve, start = math.ceil(len(images) / 64), [], time.perf_counter()
-    spent = []
+    steps, curve, spent, base = math.ceil(len(images) / 64), [], [], forget_peak()
+    start = [time.perf_counter(), time.process_time()]
 
     def follow(model: Autoencoder) -> None:
-        spent.append(time.perf_counter() - start - sum(spent) - sum(watched))
-        begin = time.perf_counter()
+        spent.append((time.perf_counter() - start[0], time.process_time() - start[1], peak_so_far()))
         curve.append({"epoch": len(curve) + 1} | use(model, held, n_codes)[0])
         if method == PAPERS:
             curve[-1]["softly_used"] = softly_used(model, held[:200])
-        watched.append(time.perf_counter() - begin)
+        forget_peak()
+        start[:] = time.perf_counter(), time.process_time()
 
-    watched: list[float] = []
     maker = METHODS[method][0]
     model = trained(maker(n_codes, (size.epochs - size.warm) * steps, size.warm * steps, seed, **settings), images, size.epochs, seed, follow)
     row = quality(model, test, n_codes) | {"setting": ", ".join(f"{name} {value:g}" for name, value in settings.items() if name != "evidential")}
-    row |= {"epochs_95": next((s["epoch"] for s in curve if s["epoch"] > size.warm and s["used"] >= 0.95), None), "epoch_seconds": float(np.median(spent)), "curve": curve}
+    row |= {"epochs_95": next((s["epoch"] for s in curve if s["epoch"] > size.warm and s["used"] >= 0.95), None), "curve": curve}
+    row |= {"epoch_seconds": float(np.median([s[0] for s in spent])), "epoch_processor": float(np.median([s[1] for s in spent])), "peak_mb": (max(s[2] for s in spent) - base) / 2**20}
     return row | ({"pictures": (decoded(model, test[:SHOWN])[0].clamp(0, 1) * 255).round().byte().tolist()} if seed == size.seeds[0] and n_codes == size.codebooks[0] else {})
 
 
@@ -347,12 +371,33 @@ def tried(size: Extent, n_codes: int, method: str, settings: dict) -> dict:
     model = trained(maker(n_codes, (size.epochs - size.warm) * steps, size.warm * steps, 100, **settings), images, size.epochs, 100)
     return {"mse": use(model, held, n_codes)[0]["mse"]}
 
+# %% ../../nbs/experiments/05_codebook.ipynb #5f0a7c32
+@torch.no_grad()
+def inside(model: Autoencoder, held: Tensor) -> dict:
+    "Errors of codes, of soft centroids and of the latents themselves, tau, and the four largest variances of the latents along their axes."
+    hard, soft = (float(F.mse_loss(decoded(model, held, soft=soft)[0], held)) for soft in (False, True))
+    latents = torch.cat([model.encoder(x) for x in held.split(500)])
+    plain = float(F.mse_loss(torch.cat([model.decoder(z) for z in latents.split(500)]), held))
+    spectrum = torch.linalg.eigvalsh(latents[:200].movedim(1, -1).flatten(0, 2).T.cov()).flip(0)[:4]
+    return {"mse": hard, "soft": soft, "plain": plain, "tau": float(model.quantiser.stages[0].reduced_temperature), "variances": spectrum.tolist()}
+
+
+def followed(size: Extent, seed: int, commitment: float, local: tuple[float, float] = (quantize.START, quantize.SHARPNESS)) -> list[dict]:
+    "The course of ours at the first codebook size, on held-out images, epoch by epoch; `local` is where cooling begins and ends, in local temperatures."
+    images, held = split(size)
+    torch.manual_seed(seed)
+    steps, course = math.ceil(len(images) / 64), []
+    made = ours(size.codebooks[0], (size.epochs - size.warm) * steps, size.warm * steps, seed, commitment=commitment)
+    with patch.multiple(quantize, START=local[0], SHARPNESS=local[1]):
+        trained(made, images, size.epochs, seed, lambda model: course.append({"epoch": len(course) + 1} | inside(model, held[:500])))
+    return course
+
 # %% ../../nbs/experiments/05_codebook.ipynb #4fdc01c8
 def wanted(size: Extent, seeds: Sequence[int]) -> list[tuple[int, str, int]]:
-    "Codebook size, method and seed of every run: all methods up to the first size, `LARGE` above; three seeds where a run is long."
+    "Codebook size, method and seed of every run: all methods at the first size, `LARGE` elsewhere; five seeds there and at 512, three at the other sizes."
     plan, first = [], size.codebooks[0]
     for K in size.codebooks:
-        methods = METHODS if K <= first else LARGE if K <= 512 else LARGE[:3]
+        methods = METHODS if K == first else LARGE if K <= 512 else LARGE[:4]
         plan += [(K, method, seed) for seed in list(seeds)[:5 if K in (first, 512) else 3] for method in methods]
     return plan
 
@@ -427,7 +472,8 @@ def verdict(rows: Sequence[dict]) -> str:
     for K in sorted({row["codebook"] for row in rows}):
         peer_ = best_peer(rows, K)
         mean = lambda method, name: float(np.mean(column(rows, K, method, name)))
-        words = f"At K = {K} DDCLQuantize decodes its indices with error {mean(OURS, 'mse'):.5f} at perplexity {mean(OURS, 'perplexity'):.0f}; the best of the others is {peer_} with {mean(peer_, 'mse'):.5f} at {mean(peer_, 'perplexity'):.0f}"
+        n = len(column(rows, K, OURS, "mse"))
+        words = f"At K = {K} ({n} seed{'s' * (n > 1)}) DDCLQuantize decodes its indices with error {mean(OURS, 'mse'):.5f} at perplexity {mean(OURS, 'perplexity'):.0f}; the best of the others is {peer_} with {mean(peer_, 'mse'):.5f} at {mean(peer_, 'perplexity'):.0f}"
         if column(rows, K, PAPERS, "mse"):
             words += f"; the paper's layer has {mean(PAPERS, 'mse'):.5f} at perplexity {mean(PAPERS, 'perplexity'):.1f}"
         parts.append(words + ".")
@@ -445,21 +491,23 @@ def draw(result: Result, shown: dict[str, np.ndarray], originals: Tensor, out: s
 
 
 def figure_scores(result: Result, K: int):
-    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(10.5, 3.4), sharey=True)
+    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(9.4, 3.4), sharey=True)
     plots.bars({m: column(result.rows, K, m, "mse") for m in METHODS}, left, "hard-decoded error")
     plots.bars({m: column(result.rows, K, m, "perplexity") for m in METHODS}, right, "perplexity")
     left.set_xscale("log")
+    left.tick_params(axis="x", which="minor", labelsize=6)
     right.axvline(K, color="0.4", ls="--", lw=1)
     return figure
 
 
 def figure_rates(result: Result):
-    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(10, 3.2))
+    figure, (left, right) = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(9.4, 3.2))
     sizes = sorted({row["codebook"] for row in result.rows})
     for method, colour in zip(LARGE, plots.palette(len(LARGE))):
         for ax, name in ((left, "mse"), (right, "perplexity")):
-            values = [np.array(column(result.rows, K, method, name)) / (K if name == "perplexity" else 1) for K in sizes]
-            ax.errorbar(np.log2(sizes), [v.mean() for v in values], [v.std(ddof=1) if len(v) > 1 else 0 for v in values], color=colour, marker="o", ms=4, capsize=2, label=method)
+            own = [K for K in sizes if column(result.rows, K, method, name)]
+            values = [np.array(column(result.rows, K, method, name)) / (K if name == "perplexity" else 1) for K in own]
+            ax.errorbar(np.log2(own), [v.mean() for v in values], [v.std(ddof=1) if len(v) > 1 else 0 for v in values], color=colour, marker="o", ms=4, capsize=2, label=method)
     left.set(yscale="log", xlabel="bits a token", ylabel="hard-decoded error")
     right.set(xlabel="bits a token", ylabel="perplexity / K", ylim=(0, 1.02))
     left.legend(fontsize=8)
@@ -490,6 +538,26 @@ def figure_pictures(shown: dict[str, np.ndarray], originals: Tensor):
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def figure_stuck(courses: Sequence[dict]):
+    "Courses of single runs: the latents' own error and that of their codes, the second and third variance of the latents, and the gap of soft and hard decoding."
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 3, figsize=(9.5, 3))
+    for course, colour in zip(courses, plots.palette(len(courses))):
+        of = lambda name: np.array([state[name] for state in course["course"]])
+        epochs, variances = of("epoch"), of("variances")
+        axes[0].plot(epochs, of("mse"), color=colour, label=course["name"])
+        axes[0].plot(epochs, of("plain"), color=colour, ls=":")
+        for rank, style in ((1, "-"), (2, "--")):
+            axes[1].plot(epochs, variances[:, rank], color=colour, ls=style)
+        axes[2].plot(epochs, (of("mse") - of("soft")) / of("mse"), color=colour)
+    axes[0].set(yscale="log", xlabel="epoch", ylabel="error (dotted: of the latents)")
+    axes[1].set(yscale="log", xlabel="epoch", ylabel="variance, 2nd and (dashed) 3rd")
+    axes[2].set(xlabel="epoch", ylabel="(hard - soft) / hard")
+    for ax in axes:
+        ax.set_xticks(range(2, int(epochs[-1]) + 1, 2))
+    axes[0].legend(fontsize=7)
     return figure
 
 
