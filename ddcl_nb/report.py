@@ -67,7 +67,7 @@ def largest(values: Iterable[float | Sequence[float] | None]) -> float | None:
     return max((abs(mean) for mean, _ in map(_pair, values) if mean is not None and math.isfinite(mean)), default=None)
 
 # %% ../nbs/library/11_report.ipynb #bd8e292c
-SCORES, ERRORS = ("acc", "accuracy", "nmi", "ari", "recall", "f1", "purity", "silhouette", "r2"), ("loss", "error", "mse", "rmse", "nll")
+SCORES, ERRORS = ("acc", "accuracy", "nmi", "ari", "recall", "f1", "purity", "silhouette", "r2"), ("loss", "error", "mse", "rmse", "nll", "bits")
 "Words in the name of a measure that say which way is better."
 
 

@@ -454,13 +454,18 @@ def best_peer(rows: Sequence[dict], K: int) -> str:
     return min(means, key=means.get)
 
 
+def _spread_of_several(values: np.ndarray) -> tuple[float, float] | float | None:
+    "Mean and standard deviation; a single value alone."
+    return float(values[0]) if len(values) == 1 else spread(values)
+
+
 def table(rows: Sequence[dict]) -> list[dict]:
     "Lines of the comparison; in place of k-means stands the best of the other methods."
     lines = []
     for K in sorted({row["codebook"] for row in rows}):
         peer_ = best_peer(rows, K)
         for name, words, unit in (("mse", "hard-decoded error, thousandths", 1000), ("perplexity", "perplexity", 1)):
-            value = lambda method: spread(unit * np.array(column(rows, K, method, name)))
+            value = lambda method: _spread_of_several(unit * np.array(column(rows, K, method, name)))
             lines.append({"data": f"codebook, K = {K}", "measure": f"{words} (against {peer_})", "paper": None, "paper_kmeans": None, "papers_setting": value(PAPERS),
                           "kmeans": value(peer_), "ours": value(OURS)})
     return lines
