@@ -784,15 +784,7 @@ def figure_between(rows: Sequence[dict]):
 
 def figure_generated(pictures: dict[str, np.ndarray], originals: Tensor):
     "A row of generated images for each quantiser, below test images."
-    rows = {"test images": (originals * 255).round().byte().numpy(), **pictures}
-    figure, axes = require("matplotlib.pyplot", "plots").subplots(len(rows), SHOWN, figsize=(SHOWN * 0.78 + 1.5, 0.82 * len(rows)), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items()):
-        for ax, image in zip(line, images):
-            ax.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray" if image.shape[0] == 1 else None)
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    return figure
+    return codebook.picture_rows({"test images": (originals * 255).round().byte().numpy(), **pictures}, (0.78, 0.82), 1.5)
 
 
 EXPERIMENT = Experiment("bottleneck", "Prototypes between an encoder and a decoder", "Position 2 (Table 2)", run, bottleneck_steps)

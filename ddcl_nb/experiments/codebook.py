@@ -39,7 +39,7 @@ __all__ = ['SIZES', 'PAPER_SIZE', 'WIDTH', 'LATENT', 'LEVELS', 'OURS', 'PAPERS',
            'Drawn', 'Fixed', 'ours', 'trials', 'trained', 'ssim', 'decoded', 'use', 'quality', 'softly_used',
            'forget_peak', 'measured', 'split', 'tried', 'inside', 'followed', 'wanted', 'run', 'setting_of', 'steps',
            'column', 'best_peer', 'table', 'verdict', 'draw', 'figure_scores', 'figure_rates', 'figure_4',
-           'figure_pictures', 'figure_stuck']
+           'picture_rows', 'figure_pictures', 'figure_stuck']
 
 # %% ../../nbs/experiments/05_codebook.ipynb #9568ac1f
 @dataclass(frozen=True)
@@ -534,9 +534,10 @@ def figure_4(result: Result, K: int):
     return figure
 
 
-def figure_pictures(shown: dict[str, np.ndarray], originals: Tensor):
-    rows = {"test images": (originals * 255).byte().numpy(), **shown}
-    figure, axes = require("matplotlib.pyplot", "plots").subplots(len(rows), SHOWN, figsize=(SHOWN * 0.9 + 2, 0.92 * len(rows)), squeeze=False)
+def picture_rows(rows: dict[str, np.ndarray], cell: tuple[float, float], room: float):
+    "Images `(B, C, H, W)` of each name side by side; `cell` is the size of one in inches, `room` that of the names."
+    columns = len(next(iter(rows.values())))
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(len(rows), columns, figsize=(columns * cell[0] + room, cell[1] * len(rows)), squeeze=False)
     for line, (name, images) in zip(axes, rows.items()):
         for ax, image in zip(line, images):
             ax.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray" if image.shape[0] == 1 else None)
@@ -544,6 +545,10 @@ def figure_pictures(shown: dict[str, np.ndarray], originals: Tensor):
             ax.spines[:].set_visible(False)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     return figure
+
+
+def figure_pictures(shown: dict[str, np.ndarray], originals: Tensor):
+    return picture_rows({"test images": (originals * 255).byte().numpy(), **shown}, (0.9, 0.92), 2)
 
 
 def figure_stuck(courses: Sequence[dict]):
