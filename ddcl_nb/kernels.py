@@ -197,16 +197,13 @@ def cores(device: torch.device) -> int:
 
 def on_cores(work: Callable[[Sequence[slice]], R], chunks: Sequence[slice], device: torch.device) -> list[R]:
     "What `work` makes of each core's share of the chunks, in the same order every time; without gradients."
-    n = min(cores(device), len(chunks))
-    if n == 1:
-        return [work(chunks)]
-    inference = torch.is_inference_mode_enabled()
+    n, inference = min(cores(device), len(chunks)), torch.is_inference_mode_enabled()
 
     def alone(share: Sequence[slice]) -> R:
         with torch.inference_mode(inference), torch.no_grad():
             return work(share)
 
-    return list(_pool(n).map(alone, [chunks[i::n] for i in range(n)]))
+    return [alone(chunks)] if n == 1 else list(_pool(n).map(alone, [chunks[i::n] for i in range(n)]))
 
 
 def sums_on_cores(work: Callable[[Sequence[slice]], Sequence[Tensor]], chunks: Sequence[slice], device: torch.device) -> list[Tensor]:

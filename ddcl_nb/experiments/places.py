@@ -30,6 +30,7 @@ from ..assign import DDCLOutput, assignments, ddcl
 from ..bank import PrototypeBank, separation
 from ..data import DataNotFound, docstring_corpus, load_cifar10, load_digits, load_mnist, load_sst2
 from ..encoders import ModelNotLoaded, load_transformer, masked_mean
+from .elsewhere import Sequences
 from .registry import Experiment, Log, Result, check_profile
 from ..extras import require
 from ..layers import POOLS, DDCLReadout, GatedDDCL, PrototypeFFN, PrototypeNorm, SerialDDCL
@@ -53,19 +54,10 @@ __all__ = ['PAIR_NOISE', 'WIDTH', 'HEADS', 'DEPTH', 'HIDDEN', 'PROTOTYPES', 'FEW
 
 # %% ../../nbs/experiments/12_places.ipynb #f12be9c7
 @dataclass(frozen=True)
-class Bench:
-    "Inputs `(B, ...)` and labels `(B,)` for training and for testing. `kind` is `text`, `images` or `pairs`, `shape` what a stem has to know."
-    kind: str
+class Bench(Sequences):
+    "Inputs `(B, ...)` and labels `(B,)` for training and for testing, and what a stem has to know of them."
+    kind: str  # text, images or pairs
     shape: tuple[int, int]  # text: vocabulary and length; images: patches and their width; pairs: the same, of the first picture
-    train: Tensor
-    labels: Tensor
-    test: Tensor
-    test_labels: Tensor
-    source: str
-
-    @property
-    def classes(self) -> int:
-        return int(self.labels.max()) + 1
 
 
 def text_bench(train, test, split: Callable[[Sequence[str]], list[list]], length: int, source: str) -> Bench:
@@ -75,7 +67,7 @@ def text_bench(train, test, split: Callable[[Sequence[str]], list[list]], length
     number = {piece: i + 2 for i, piece in enumerate(sorted(p for p, n in counted.items() if n > 1))}
     ids = [np.array([([number.get(p, 1) for p in text] + [0] * length)[:length] for text in part]) for part in pieces]
     tensors = [torch.tensor(x) for x in (ids[0], train[1], ids[1], test[1])]
-    return Bench("text", (len(number) + 2, length), *tensors, source)
+    return Bench(*tensors, source, "text", (len(number) + 2, length))
 
 
 def words(texts: Sequence[str]) -> list[list[str]]:
@@ -111,12 +103,12 @@ def docstring_bench(train: int, test: int) -> Bench:
 
 def cifar_bench(train: int, test: int) -> Bench:
     (x, y), (u, v) = (picked(data.inputs / 127.5 - 1, data.labels, n) for data, n in ((load_cifar10("train"), train), (load_cifar10("test"), test)))
-    return Bench("images", (16, 192), patches(x, 8), torch.tensor(y), patches(u, 8), torch.tensor(v), load_cifar10("test").source)
+    return Bench(patches(x, 8), torch.tensor(y), patches(u, 8), torch.tensor(v), load_cifar10("test").source, "images", (16, 192))
 
 
 def digit_bench(train: int, test: int) -> Bench:
     x, y, u, v = _digits()
-    return Bench("images", (16, 4), patches(x[:train], 2), y[:train], patches(u[:test], 2), v[:test], load_digits().source)
+    return Bench(patches(x[:train], 2), y[:train], patches(u[:test], 2), v[:test], load_digits().source, "images", (16, 4))
 
 
 def _digits() -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
@@ -148,7 +140,7 @@ def pair_bench(train: int, test: int, mnist: bool) -> Bench:
     else:
         a, b, c, d = x[:train], y[:train].numpy(), u[:test], v[:test].numpy()
     source, side = f"{data.source if mnist else ''}{' and ' if mnist else ''}{load_digits().source}", 7 if mnist else 2
-    return Bench("pairs", (16, side**2), *paired(a, b, x, y, side, 0), *paired(c, d, u, v, side, 1), source)
+    return Bench(*paired(a, b, x, y, side, 0), *paired(c, d, u, v, side, 1), source, "pairs", (16, side**2))
 
 # %% ../../nbs/experiments/12_places.ipynb #800a8d46
 WIDTH, HEADS, DEPTH, HIDDEN, PROTOTYPES = 64, 4, 2, 128, 16
@@ -511,7 +503,7 @@ def made(bench: Bench, name: str, width: int) -> Network:
 def fitting_width(kind: str, shape: tuple, classes: int, name: str) -> int:
     "The width at which a variant has as many parameters as a plain network."
     empty = torch.zeros(1, dtype=torch.long)
-    bench, multiple = Bench(kind, shape, empty, empty + classes - 1, empty, empty, ""), VARIANTS[name].multiple
+    bench, multiple = Bench(empty, empty + classes - 1, empty, empty, "", kind, shape), VARIANTS[name].multiple
     low, high = (parameters(made(bench, name, w)) for w in (4, 68))
     target = parameters(Network(bench)) if VARIANTS[name].equal else low
     return max(multiple, round((4 + 64 * (target - low) / max(1, high - low)) / multiple) * multiple)
