@@ -109,7 +109,7 @@ def tiles(bank: Tensor, start: int = 0) -> list[Tile]:
 def _chunks(n: int, n_prototypes: int, width: int, device: torch.device) -> list[slice]:
     "Slices of rows, so that the weights (rows x K) and a few vectors per row stay within the budget."
     rows = max(256, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (n_prototypes + 4 * width))
-    return [slice(start, min(start + rows, n)) for start in range(0, max(n, 1), rows)]
+    return even_chunks(n, rows, device)
 
 # %% ../nbs/library/000_kernels.ipynb #c90e4bd2
 def _nearest(differences: Tensor) -> Tensor:
