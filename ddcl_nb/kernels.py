@@ -144,7 +144,7 @@ def _tile_moments(asking: Tensor, tile: Tile, memory: Tensor) -> Moments:
     w = _products(asking, tile.table[:, :-1], memory)
     top = w.amax(-1)
     index = _nearest(w.sub_(top[:, None]))
-    w.exp_().scatter_(1, index[:, None], 0)
+    w.mul_(LOG2E).exp2_().scatter_(1, index[:, None], 0)
     return Moments(top, index + tile.start, tile.bank.index_select(0, index), w.sum(-1), w @ tile.bank, w @ tile.norms)
 
 
@@ -160,16 +160,21 @@ def moments(x: Tensor,  # `(n, m)`, with the same origin as the bank
     return reduce(merge, (_tile_moments(asking, tile, memory) for tile in pieces))
 
 # %% ../nbs/library/000_kernels.ipynb #ff3fc5da
+def _square(x: Tensor) -> Tensor:
+    "`|x|^2` of rows, without an array of squares."
+    return torch.linalg.vector_norm(x, dim=-1).square()
+
+
 def finish(x: Tensor, found: Moments, T: Tensor, n_prototypes: int) -> tuple[Tensor, ...]:
     "Soft centroid, loss, recon, variance, entropy and free energy of tokens (n, m) from the moments of the whole bank."
     dot, Z = torch.linalg.vecdot, 1 + found.others
     shift = torch.addcmul(found.first, found.others[:, None], found.nearest, value=-1).div_(Z[:, None])
-    spread = (found.second - 2 * dot(found.first, found.nearest) + found.others * dot(found.nearest, found.nearest)) / Z
+    spread = (found.second - 2 * dot(found.first, found.nearest) + found.others * _square(found.nearest)) / Z
     excess = ((found.second - 2 * dot(found.first, x) + found.others * (T * found.top)) / Z).clamp_min_(0)
-    variance = (spread.clamp_min_(0) - dot(shift, shift)).clamp_min_(0)
+    variance = (spread.clamp_min_(0) - _square(shift)).clamp_min_(0)
     away = x - found.nearest
-    squared, log_z = dot(away, away), found.others.log1p()
-    recon = dot(away.sub_(shift), away)
+    squared, log_z = _square(away), found.others.log1p()
+    recon = _square(away.sub_(shift))
     entropy = (log_z + excess / T).clamp_max_(math.log(n_prototypes))
     return shift.add_(found.nearest), squared + excess, recon, variance, entropy, squared - T * log_z
 
@@ -421,29 +426,28 @@ def is_small(n_prototypes: int, width: int) -> bool:
 
 
 def _small_rows(N: int, n_prototypes: int, width: int, device) -> list[slice]:
-    n = max(64, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (4 * (n_prototypes + width)))
+    n = max(64, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (2 * (n_prototypes + width)))
     return even_chunks(N, n, device)
 
 
 def _small_terms(x, q, p, norms, between, T):
     "Centred soft centroid, the five terms, index, top and others of a chunk; the weights go to `q` (n, K)."
-    dot, scale = torch.linalg.vecdot, 2 / T
+    scale = 2 / T
     logs = torch.addmm(norms * (-scale / 2), x, p.mT * scale)
     top = logs.amax(-1)
     index = _nearest(logs.sub_(top[:, None]))
-    torch.exp(logs, out=q)
-    excess, place = dot(q, logs), index[:, None]
+    torch.mul(logs, LOG2E, out=q).exp2_()
+    excess, place = logs.mul_(q).sum(-1), index[:, None]
     others = q.scatter_(1, place, 0).sum(-1)
-    Z = 1 + others
+    Z, log_z, nearest = 1 + others, others.log1p(), p.index_select(0, index)
     q.scatter_(1, place, 1).div_(Z[:, None])
     excess.div_(Z).mul_(-T)
-    away = x - p.index_select(0, index)
-    squared, log_z = dot(away, away), others.log1p()
-    variance = dot(torch.mm(q, between, out=logs), q) / 2
     centroid = q @ p
-    away = torch.sub(x, centroid, out=away)
+    spread = torch.index_select(between, 0, index, out=logs).mul_(q).sum(-1)
+    variance = spread.sub_(_square(centroid - nearest)).clamp_min_(0)
+    squared, recon = _square(nearest.sub_(x)), _square(x.sub_(centroid))
     entropy = (log_z + excess / T).clamp_max_(math.log(len(p)))
-    return centroid, squared + excess, dot(away, away), variance, entropy, squared - T * log_z, index, top, others
+    return centroid, squared + excess, recon, variance, entropy, squared - T * log_z, index, top, others
 
 
 def _small_forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
@@ -479,7 +483,8 @@ def _small_share_backward(share, z, origin, p, T, saved: Saved, g: Gradients, th
             logs = q.clamp_min(torch.finfo(q.dtype).tiny).log() if needs[2] or part.entropy is not None else None
             if part.entropy is not None and through[1]:
                 t.addcmul_(part.entropy[:, None], logs, value=-1)
-            t.sub_(torch.linalg.vecdot(q, t)[:, None]).mul_(q).scatter_(1, index, 0)
+            t.mul_(q)
+            t.addcmul_(q, t.sum(-1, keepdim=True), value=-1).scatter_(1, index, 0)
             others = t.sum(-1)
             if needs[2]:
                 dT -= (t * (logs + saved.others[rows].log1p()[:, None])).sum() / T
