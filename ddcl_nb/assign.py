@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels import ELEMENTS_PER_CHUNK, PASSES, _chunks, definition, fused, matmul_form
+from .kernels import ELEMENTS_PER_CHUNK, PASSES, _chunks, definition, fused, matmul_form, traced
 
 # %% auto #0
 __all__ = ['LOWEST_TEMPERATURE', 'THROUGH', 'BACKENDS', 'assignments', 'NonFiniteInput', 'check_inputs', 'Decomposition',
@@ -97,7 +97,7 @@ def check_inputs(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor
         raise TypeError(f"temperature must be a number or a torch.Tensor, got {type(temperature).__name__}")
     _check_shapes(tokens, prototypes, temperature, mask)
     _check_kinds(tokens, prototypes)
-    if not torch.compiler.is_compiling():
+    if not traced():
         _check_values(tokens, prototypes, temperature, mask)
 
 
@@ -232,7 +232,8 @@ def ddcl(tokens: Tensor,  # `(..., N, m)`, or `(..., H, N, m)` for a bank of `H`
          ) -> DDCLOutput:
     """Soft centroids and the terms of `L_q = L_OLS + V` (Eqs. 2-4 of arXiv 2604.03850), in one pass over the tokens.
 
-    Half-precision input is computed and returned in float32. With the default backend memory is O(N m + K m).
+    Half-precision input is computed and returned in float32. With the default backend memory is O(N m + K m); inside a
+    transform of `torch.func` it is O(N K).
     Raises `ValueError` or `TypeError` naming the argument: wrong widths or heads, `T <= 0`, NaN or infinite tokens
     (outside the mask), integer tokens, mixed devices or precisions."""
     for name, value, known in (("grad", grad, THROUGH), ("backend", backend, BACKENDS)):

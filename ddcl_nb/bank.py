@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .assign import LOWEST_TEMPERATURE, DDCLOutput, NonFiniteInput, _canonical, _centred, _chunks, _logits, check_inputs, ddcl
 from .distributed import Processes, processes
-from .kernels import sums_on_cores
+from .kernels import sums_on_cores, traced, transformed
 from .kmeans import kmeans
 from .temperature import CURVATURE, Anneal, _counting_tokens, covariance, critical_temperature, largest_variance
 
@@ -190,7 +190,8 @@ class PrototypeBank(nn.Module):
     """`K` prototypes for each of `H` heads, with one temperature a head (Eqs. 2 and 6 of arXiv 2604.03850).
 
     `prototypes` is `(K, m)`, or `(H, K, m/H)` for several heads. The temperature is `tau` times the critical temperature of
-    the tokens: measured by `calibrate` and `init_from`, at the first training batch otherwise, and followed in training.
+    the tokens: measured by `calibrate` and `init_from`, at the first training batch otherwise, and followed in training
+    (not inside a transform of `torch.func`, where nothing may change).
     `temperature` insists on a raw T instead. `grad` and `backend` are those of `ddcl`."""
 
     def __init__(self, n_prototypes: int, dim: int, *, n_heads: int = 1, tau: float = 0.1, temperature: float | None = None,
@@ -274,9 +275,9 @@ class PrototypeBank(nn.Module):
         if self.training:
             check_inputs(z, self.prototypes, 1.0, mask)
             with torch.autocast(z.device.type, enabled=False):
-                if self.follows:
+                if self.follows and not transformed():
                     self._follow(z.detach(), mask)
-        elif not torch.compiler.is_compiling() and not self.calibrated and not self.insisted.any():
+        elif not traced() and not self.calibrated and not self.insisted.any():
             warnings.warn("this bank has seen no tokens: its temperature is a guess; call init_from or calibrate, or give temperature", stacklevel=2)
         return self._assign(z, mask)
 

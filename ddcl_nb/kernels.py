@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'ELEMENTS_PER_CHUNK', 'R', 'SMALL', 'PASSES', 'definition', 'matmul_form', 'Moments',
-           'merge', 'Tile', 'tile_size', 'tiles', 'moments', 'finish', 'cores', 'on_cores', 'sums_on_cores',
-           'even_chunks', 'Saved', 'Gradients', 'is_small', 'fused_forward', 'fused_backward', 'fused']
+__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'ELEMENTS_PER_CHUNK', 'R', 'SMALL', 'PASSES', 'transformed', 'traced', 'definition',
+           'matmul_form', 'Moments', 'merge', 'Tile', 'tile_size', 'tiles', 'moments', 'finish', 'cores', 'on_cores',
+           'sums_on_cores', 'even_chunks', 'Saved', 'Gradients', 'is_small', 'fused_forward', 'fused_backward', 'fused']
 
 # %% ../nbs/library/000_kernels.ipynb #d780f9b0
 def _outputs(z, bank, T, squared, through, second_moment=None):
@@ -40,6 +40,16 @@ def _outputs(z, bank, T, squared, through, second_moment=None):
         variance = (q_loss * second_moment[:, None]).sum(-1) - anchor.square().sum(-1)
     entropy = -torch.where(q > 0, q_loss * (log_q if through[1] else log_q.detach()), 0).sum(-1)
     return centroids, (q_loss * squared).sum(-1), recon, variance, entropy, free
+
+
+def transformed() -> bool:
+    "Is this call inside a transform of `torch.func` (`grad`, `vmap`, `jvp`, ...)?"
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def traced() -> bool:
+    "Is this call compiled, exported or transformed, so that no value can be looked at?"
+    return torch.compiler.is_compiling() or transformed()
 
 
 def definition(z, bank, T, through):
@@ -617,6 +627,8 @@ _forward_operator.register_autograd(_operator_backward, setup_context=_keep)
 
 def fused(z: Tensor, bank: Tensor, T: Tensor, through: tuple[bool, bool]) -> tuple[Tensor, ...]:
     "Centroids, five terms and the index of tokens (H, N, m), bank (H, K, m), temperatures (H,); one operator inside `torch.compile`."
+    if transformed():
+        return matmul_form(z, bank, T, through)
     if not torch.compiler.is_compiling():
         return _Fused.apply(z, bank, T, through)
     if torch.compiler.is_exporting():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from torch.autograd.functional import hvp
+from torch.func import grad, hessian, jvp, vmap
 
 from ddcl_nb import assign
 from ddcl_nb.assign import BACKENDS, THROUGH, assignments, ddcl, decompose
@@ -412,3 +413,15 @@ def test_the_identity_holds_for_any_weights(case, seed):
     weights = torch.rand(*case.z.shape[:-1], case.p.shape[-2], generator=gen, dtype=torch.float64) + 1e-3
     terms = decompose(case.z, case.p, weights=weights / weights.sum(-1, keepdim=True))
     assert terms.gap <= 1e-12 and (terms.variance >= 0).all()
+
+
+def test_transforms_of_torch_func_see_the_definition():
+    z, p = torch.randn(3, 6, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    total = lambda backend: lambda p, z: sum(x.sum() for x in ddcl(z, p, 2.0, backend=backend)[:6])
+    ours, reference = total("auto"), total("reference")
+    inputs = p.clone().requires_grad_(), z
+    by_sample = vmap(grad(ours), (None, 0))(p, z)
+    torch.testing.assert_close(by_sample, torch.stack([grad(reference)(p, x) for x in z]))
+    torch.testing.assert_close(by_sample.sum(0), torch.autograd.grad(ours(*inputs), inputs[0])[0])
+    torch.testing.assert_close(hessian(ours)(p, z), hessian(reference)(p, z))
+    torch.testing.assert_close(jvp(lambda p: ours(p, z), (p,), (p,))[1], (grad(reference)(p, z) * p).sum())

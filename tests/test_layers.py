@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, vmap
 
 from ddcl_nb.layers import (DDCLAttention, DDCLReadout, GatedDDCL, PrototypeBottleneck, PrototypeFFN, PrototypeNorm, SerialDDCL)
 
@@ -285,3 +286,20 @@ def test_prototypes_that_no_token_is_near_leave_gradients_finite(pool, dtype):
     out = readout(x.requires_grad_(), keep)
     (out.output.square() * torch.randn(out.output.shape, dtype=dtype)).sum().backward()
     assert x.grad.isfinite().all() and readout.bank.prototypes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [DDCLAttention, DDCLReadout, PrototypeFFN, PrototypeNorm, PrototypeBottleneck])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_by_sequence_through_torch_func(kind, training):
+    layer, z = kind(8, 4).double().train(training), torch.randn(3, 6, 8, dtype=torch.float64)
+    layer.init_from(z)
+    weights, buffers = dict(layer.named_parameters()), {name: x.clone() for name, x in layer.named_buffers()}
+    energy = lambda weights, z: functional_call(layer, weights, z)[0].square().sum()
+    by_sequence = vmap(grad(energy), (None, 0))(weights, z[:, None])
+    whole = grad(energy)(weights, z)
+    assert all(x.equal(buffers[name]) for name, x in layer.named_buffers())  # nothing was followed
+    layer.eval()
+    energy(weights, z).backward()
+    for name, weight in layer.named_parameters():
+        torch.testing.assert_close(by_sequence[name].sum(0), whole[name])
+        torch.testing.assert_close(whole[name], weight.grad)
