@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'ELEMENTS_PER_CHUNK', 'R', 'SMALL', 'PASSES', 'transformed', 'traced', 'definition',
+__all__ = ['LOG2E', 'PROTOTYPES_PER_TILE', 'ELEMENTS_PER_CHUNK', 'R', 'PASSES', 'transformed', 'traced', 'definition',
            'matmul_form', 'Moments', 'merge', 'Tile', 'tile_size', 'tiles', 'moments', 'finish', 'cores', 'on_cores',
            'sums_on_cores', 'even_chunks', 'Saved', 'Gradients', 'is_small', 'fused_forward', 'fused_backward', 'fused']
 
@@ -44,7 +44,7 @@ def _outputs(z, bank, T, squared, through, second_moment=None):
 
 def transformed() -> bool:
     "Is this call inside a transform of `torch.func` (`grad`, `vmap`, `jvp`, ...)?"
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def traced() -> bool:
@@ -427,17 +427,13 @@ def _backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> list[Te
     return [dz, by[:, :-1] + bank * by[:, -1:], dT]
 
 # %% ../nbs/library/000_kernels.ipynb #570cf4af
-SMALL = 128
+def is_small(bank: Tensor) -> bool:
+    "Is a number per token and prototype of the bank (..., K, m) no more than the tokens themselves, on a CPU?"
+    return bank.device.type == "cpu" and bank.shape[-2] <= min(bank.shape[-1], PROTOTYPES_PER_TILE["cpu"])
 
 
-def is_small(n_prototypes: int, width: int) -> bool:
-    "Is the bank so small that one number per token and prototype is less than the tokens themselves?"
-    return n_prototypes <= min(width, SMALL)
-
-
-def _small_rows(N: int, n_prototypes: int, width: int, device) -> list[slice]:
-    n = max(64, ELEMENTS_PER_CHUNK.get(device.type, 2**24) // (2 * (n_prototypes + width)))
-    return even_chunks(N, n, device)
+def _small_rows(z: Tensor, bank: Tensor) -> list[slice]:
+    return even_chunks(len(z), max(64, ELEMENTS_PER_CHUNK["cpu"] // (2 * sum(bank.shape))), z.device)
 
 
 def _small_terms(x, q, p, norms, between, T):
@@ -460,11 +456,18 @@ def _small_terms(x, q, p, norms, between, T):
     return centroid, squared + excess, recon, variance, entropy, squared - T * log_z, index, top, others
 
 
+def _between(p: Tensor) -> Tensor:
+    "`|p_j - p_k|^2` (K, K), through one product in float64."
+    products = p.double() @ p.double().mT
+    norms = products.diagonal()
+    return (norms[:, None] + norms - 2 * products).clamp_min_(0).to(p.dtype)
+
+
 def _small_forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
     "As `_forward`, but with the weights (N, K) in the place of the centred soft centroids."
     (N, m), origin = z.shape, bank.mean(0)
     p, out, q = bank - origin, torch.empty_like(z), z.new_empty(N, len(bank))
-    norms, between = p.square().sum(-1), torch.cdist(p, p, compute_mode="donot_use_mm_for_euclid_dist").square()
+    norms, between = p.square().sum(-1), _between(p)
     stores = [*(z.new_empty(N) for _ in range(5)), torch.empty(N, dtype=torch.int64, device=z.device), z.new_empty(N), z.new_empty(N)]
 
     def work(share):
@@ -474,7 +477,7 @@ def _small_forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
             for store, value in zip(stores, values):
                 store[rows] = value
 
-    on_cores(work, _small_rows(N, *bank.shape, z.device), z.device)
+    on_cores(work, _small_rows(z, bank), z.device)
     return [out, *stores[:6], q, *stores[6:]]
 
 # %% ../nbs/library/000_kernels.ipynb #8e278b51
@@ -516,8 +519,8 @@ def _small_backward(z, bank, T, saved: Saved, g: Gradients, through, needs) -> l
     "As `_backward`, from the weights that were kept."
     m, origin, dz = z.shape[1], bank.mean(0), torch.empty_like(z)
     p = bank - origin
-    work, chunks = lambda share: _small_share_backward(share, z, origin, p, T, saved, g, through, needs, dz), _small_rows(len(z), *bank.shape, z.device)
-    by_q, by_t, by_ones, dT = sums_on_cores(work, chunks, z.device)
+    work = lambda share: _small_share_backward(share, z, origin, p, T, saved, g, through, needs, dz)
+    by_q, by_t, by_ones, dT = sums_on_cores(work, _small_rows(z, bank), z.device)
     if g.free_energy is not None:
         dT = dT - (g.free_energy * saved.entropy).sum()
     by = by_q[:m] + by_q[m] * p.mT + (2 / T) * (by_t - by_ones * p.mT)
@@ -538,7 +541,7 @@ def fused_forward(z: Tensor, bank: Tensor, T: Tensor) -> list[Tensor]:
     available, forward, _ = PASSES.get(z.device.type, (None, None, None))
     if available is not None and available(z, bank):
         return forward(z, bank, T)
-    one = _small_forward if not z.is_cuda and is_small(*bank.shape[1:]) else _forward
+    one = _small_forward if is_small(bank) else _forward
     return _stacked([one(z[h], bank[h], T[h]) for h in range(len(z))])
 
 
@@ -547,7 +550,7 @@ def fused_backward(z, bank, T, kept: list[Tensor], gradients: Gradients, through
     available, _, backward = PASSES.get(z.device.type, (None, None, None))
     if available is not None and available(z, bank):
         return backward(z, bank, T, kept, gradients, through, needs)
-    one = _small_backward if not z.is_cuda and is_small(*bank.shape[1:]) else _backward
+    one = _small_backward if is_small(bank) else _backward
     return _stacked([one(z[h], bank[h], T[h], Saved(*(s[h] for s in kept)), gradients.part(h), through, needs) for h in range(len(z))])
 
 
@@ -596,7 +599,7 @@ def _forward_operator(z, bank, T, through):
 @_forward_operator.register_fake
 def _(z, bank, T, through):
     terms = [z.new_empty(z.shape[:2]) for _ in range(7)]
-    kept = z.shape if z.is_cuda or not is_small(*bank.shape[1:]) else (*z.shape[:2], bank.shape[1])
+    kept = (*z.shape[:2], bank.shape[1]) if is_small(bank) else z.shape
     return z.new_empty(z.shape), *terms[:5], z.new_empty(z.shape[:2], dtype=torch.int64), z.new_empty(kept), *terms[5:]
 
 
@@ -627,10 +630,8 @@ _forward_operator.register_autograd(_operator_backward, setup_context=_keep)
 
 def fused(z: Tensor, bank: Tensor, T: Tensor, through: tuple[bool, bool]) -> tuple[Tensor, ...]:
     "Centroids, five terms and the index of tokens (H, N, m), bank (H, K, m), temperatures (H,); one operator inside `torch.compile`."
-    if transformed():
-        return matmul_form(z, bank, T, through)
     if not torch.compiler.is_compiling():
-        return _Fused.apply(z, bank, T, through)
+        return matmul_form(z, bank, T, through) if transformed() else _Fused.apply(z, bank, T, through)
     if torch.compiler.is_exporting():
         return tuple(torch.stack(x) for x in zip(*map(_in_one_chunk, z, bank, T)))
     return _forward_operator(z, bank, T, list(through))[:7]
