@@ -1,4 +1,4 @@
-"""The mechanisms that DDCL is compared with, behind one interface: attention pooling, Slot Attention and its two successors, Perceiver, PMA, NetVLAD, self-attention, and deep clustering from a library
+"""The mechanisms that DDCL is compared with, behind one interface: attention pooling, Slot Attention and its two successors, Perceiver and Perceiver IO, PMA, NetVLAD, self-attention, deep clustering from a library, and the dual competitive layer
 
 Docs: https://ddcl-nb.github.io/ddcl_nb/library/baselines.html.md"""
 
@@ -18,17 +18,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.cluster import kmeans_plusplus
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .assign import assignments
+from .assign import assignments, ddcl
 from .extras import require
 from .layers import DDCLAttention, DDCLReadout, _unit, check_tokens, without_padding
+from .temperature import largest_variance
 
 # %% auto #0
 __all__ = ['MECHANISMS', 'DEEP', 'Pooled', 'Mechanism', 'counted', 'over_tokens', 'nothing', 'AttentionPooling', 'CrossAttention',
-           'Perceiver', 'PMA', 'SelfAttention', 'SlotAttention', 'AdaptiveSlotAttention', 'SlotMixture', 'NetVLAD',
-           'Prototypes', 'DeepClusters', 'clustpy_deep', 'deep_clusters']
+           'Perceiver', 'PerceiverIO', 'PMA', 'SelfAttention', 'SlotAttention', 'AdaptiveSlotAttention', 'SlotMixture',
+           'NetVLAD', 'Prototypes', 'DeepClusters', 'clustpy_deep', 'deep_clusters', 'DualPrototypes', 'DualClusters',
+           'dual_clusters']
 
 # %% ../nbs/library/09c_baselines.ipynb #3c5e601e
 class Pooled:
@@ -136,6 +139,26 @@ class Perceiver(Mechanism):
         latents, tokens = self.latents.expand(len(tokens), -1, -1), self.norm_tokens(tokens)
         x = latents + self.attention(self.norm_latents(latents), tokens, mask)
         return x + self.feed(x), nothing(tokens), lambda: self.attention.weights(self.norm_latents(latents), tokens, mask)
+
+# %% ../nbs/library/09c_baselines.ipynb #cca95d31
+class PerceiverIO(Mechanism):
+    "Tokens to `n_latents` latents, `n_blocks` transformer blocks among them, `n_outputs` learned queries that read them (Jaegle et al. 2022, section 3): summary `(B, n_outputs, dim)`, assignments to latents."
+
+    def __init__(self, dim: int, n_latents: int, n_outputs: int = 1, n_blocks: int = 1, n_heads: int = 4):
+        super().__init__(dim)
+        self.read = Perceiver(dim, n_latents, n_heads)
+        self.process = nn.ModuleList(nn.TransformerEncoderLayer(dim, n_heads, dim, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(n_blocks))
+        self.outputs = nn.Parameter(0.02 * torch.randn(n_outputs, dim))
+        self.write, self.norm_outputs, self.norm_latents = CrossAttention(dim, n_heads), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.feed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def pool(self, tokens, mask):
+        latents, loss, weigh = self.read.pool(tokens, mask)
+        for block in self.process:
+            latents = block(latents)
+        outputs = self.outputs.expand(len(tokens), -1, -1)
+        x = outputs + self.write(self.norm_outputs(outputs), self.norm_latents(latents), None)
+        return x + self.feed(x), loss, weigh
 
 # %% ../nbs/library/09c_baselines.ipynb #aaeac782
 class PMA(Mechanism):
@@ -298,6 +321,7 @@ MECHANISMS: dict[str, Callable[[int, int], Mechanism]] = {
     "self-attention": lambda dim, K: SelfAttention(dim),
     "attention pooling": lambda dim, K: AttentionPooling(dim, K),
     "Perceiver": lambda dim, K: Perceiver(dim, K),
+    "Perceiver IO": lambda dim, K: PerceiverIO(dim, K),
     "PMA": lambda dim, K: PMA(dim, K),
     "NetVLAD": lambda dim, K: NetVLAD(dim, K),
     "Slot Attention": lambda dim, K: SlotAttention(dim, K),
@@ -344,3 +368,56 @@ def deep_clusters(method: str,  # one of `DEEP`
         X = np.asarray(X, np.float32)
         estimator.fit(X)
         return DeepClusters(np.asarray(estimator.labels_), np.asarray(estimator.transform(X)))
+
+# %% ../nbs/library/09c_baselines.ipynb #51a95ac1
+class DualPrototypes(nn.Module):
+    """Prototypes as the output of a linear network on the transposed data, `P = W X` (dual competitive layer, Cirrincione et al. 2020, arXiv 2009.02799).
+
+    `weight` `(K, N)` starts with a one for each of `n_prototypes` rows drawn by k-means++. ValueError for fewer distinct rows than prototypes."""
+
+    def __init__(self, X: Tensor,  # `(N, m)`
+                 n_prototypes: int, seed: int = 0):
+        super().__init__()
+        rows, distinct = X.detach().double().numpy(), len(np.unique(X.detach().numpy(), axis=0))
+        if not 1 <= n_prototypes <= distinct:
+            raise ValueError(f"n_prototypes must be between 1 and the {distinct} distinct rows of X, got {n_prototypes}")
+        _, chosen = kmeans_plusplus(rows, n_prototypes, random_state=seed)
+        self.weight = nn.Parameter(F.one_hot(torch.from_numpy(chosen).long(), len(X)).to(X.dtype))
+
+    def forward(self, X: Tensor) -> Tensor:
+        "Prototypes `(K, m)` of the rows `(N, m)` that the layer was made for."
+        return self.weight @ X
+
+
+class DualClusters(NamedTuple):
+    "What the dual layer found."
+    labels: np.ndarray  # `(N,)`: the nearest prototype
+    prototypes: np.ndarray  # `(K, m)`, units of the rows
+    losses: np.ndarray  # `(epochs,)`: mean L_q before each step, squared units of the rows
+
+
+def dual_clusters(X: np.ndarray,  # `(N, m)`: frozen embeddings
+                  n_clusters: int, *,
+                  tau: float = 0.1,  # temperature over the critical one for `L_q` differentiated in full, fixed
+                  epochs: int = 300, momentum: float = 0.9, seed: int = 0) -> DualClusters:
+    """Cluster rows by `L_q` and prototypes that a dual layer puts out: full-batch gradient descent in `W`, rate `1 / (N lambda_max)` of the second moment.
+
+    ValueError for NaN rows, `tau <= 0`, and fewer distinct rows than clusters."""
+    rows = torch.as_tensor(np.asarray(X, np.float32))
+    if not rows.isfinite().all():
+        raise ValueError(f"X holds {int((~rows.isfinite()).sum())} NaN or infinite values")
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, got {tau}")
+    centre, spread = rows.mean(0), float(largest_variance(rows)) ** 0.5 or 1.0
+    z = (rows - centre) / spread  # lambda_max = 1
+    layer, losses = DualPrototypes(z, n_clusters, seed), []
+    optimiser = torch.optim.SGD(layer.parameters(), 1 / len(z), momentum)
+    for _ in range(epochs):
+        optimiser.zero_grad()
+        loss = ddcl(z, layer(z), 4 * tau).loss.mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss) * spread**2)
+    with torch.no_grad():
+        prototypes = layer(z)
+        return DualClusters(ddcl(z, prototypes, 4 * tau).indices.numpy(), (prototypes * spread + centre).numpy(), np.array(losses))

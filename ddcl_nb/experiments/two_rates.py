@@ -29,10 +29,10 @@ from ..storage import write_text
 from ..temperature import Anneal
 
 # %% auto #0
-__all__ = ['WIDTH', 'CLASSES', 'SIZES', 'STRENGTH', 'ANCHORS', 'RULES', 'RATIO', 'OURS', 'EXPERIMENT', 'Extent', 'pictures',
-           'drawn', 'Run', 'Rule', 'settings', 'measured_epochs', 'Together', 'trajectories', 'summarised', 'run',
-           'steps', 'write_curves', 'read_curves', 'chosen', 'column', 'table', 'verdict', 'draw', 'traced', 'figure_6',
-           'figure_time', 'figure_anchors']
+__all__ = ['WIDTH', 'CLASSES', 'SIZES', 'STRENGTH', 'ANCHORS', 'RULES', 'HELD', 'RATIO', 'OURS', 'EXPERIMENT', 'Extent',
+           'pictures', 'drawn', 'Run', 'Rule', 'settings', 'measured_epochs', 'Together', 'trajectories', 'summarised',
+           'run', 'steps', 'write_curves', 'read_curves', 'chosen', 'column', 'table', 'verdict', 'draw', 'traced',
+           'figure_6', 'figure_time', 'figure_anchors', 'figure_encoders']
 
 # %% ../../nbs/experiments/03_two_rates.ipynb #bad442e6
 WIDTH = CLASSES = 10
@@ -47,6 +47,7 @@ class Extent:
     epochs: int
     ratios: tuple[int, ...]
     prototype_rate: float = 1e-2
+    hidden: int = 64
     seeds: range = range(5)
 
 
@@ -80,16 +81,21 @@ STRENGTH = 50.0
 
 
 class Run(nn.Module):
-    "One run's encoder, which starts as PCA, and the two linear maps that anchors may use."
+    "One run's encoder, which starts as PCA, and the two linear maps that anchors may use; `hidden` units beside the linear map, or 0."
 
-    def __init__(self, axes: Tensor, ratio: float, anchor: str):
+    def __init__(self, axes: Tensor, ratio: float, anchor: str, hidden: int = 0):
         super().__init__()
         self.ratio, self.anchor = ratio, anchor
         self.weight = nn.Parameter(axes.clone())
+        self.beside = nn.Sequential(nn.Linear(axes.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, WIDTH, bias=False)) if hidden else None
+        if hidden:
+            nn.init.zeros_(self.beside[-1].weight)
         self.decoder = nn.Parameter(axes.clone()) if "free decoder" in anchor else None
         self.classifier = nn.Linear(WIDTH, CLASSES) if "task" in anchor else None
 
-    def shaped(self, z: Tensor) -> Tensor:
+    def shaped(self, z: Tensor, x: Tensor) -> Tensor:
+        "Tokens `(N, m)` from the linear map's output and the pixels."
+        z = z if self.beside is None else z + self.beside(x)
         return on_sphere(z, WIDTH**0.5) if "sphere" in self.anchor else z
 
 
@@ -119,9 +125,15 @@ RULES = {"paper's T": Rule(Anneal(1.0, 0.1, 1, "exponential"), False, "full"), "
          "tau": Rule(Anneal(0.5, 0.02, 1), True, "full")}
 
 
-def settings(size: Extent) -> list[tuple[str, int, str]]:
-    "Rule of temperature, ratio and anchor of every run."
-    return [*((rule, ratio, "none") for rule in RULES for ratio in size.ratios), *(("tau", RATIO, anchor) for anchor in ANCHORS if anchor != "none")]
+def settings(size: Extent) -> list[tuple[str, int, str, str]]:
+    "Rule of temperature, ratio, anchor and encoder of every run."
+    linear = [*((rule, ratio, "none") for rule in RULES for ratio in size.ratios), *(("tau", RATIO, anchor) for anchor in ANCHORS if anchor != "none")]
+    deeper = [*(("paper's T", ratio, "none") for ratio in size.ratios), *(("tau", RATIO, anchor) for anchor in HELD)]
+    return [*((*run, "linear") for run in linear), *((*run, "MLP") for run in deeper)]
+
+
+HELD = ("none", "variance floor + decorrelation", "reconstruction, tied decoder", "task loss (supervised)")
+"Anchors that are measured with the MLP too."
 
 
 RATIO = 10
@@ -135,11 +147,11 @@ def measured_epochs(size: Extent) -> list[int]:
 class Together(nn.Module):
     "Runs under one rule, each with its own head of a bank; prototypes start from k-means."
 
-    def __init__(self, size: Extent, rule: Rule, runs: Sequence[tuple[float, str]], seed: int):
+    def __init__(self, size: Extent, rule: Rule, runs: Sequence[tuple[float, str]], seed: int, hidden: int = 0):
         super().__init__()
         x, _, axes = drawn(size.data, size.images, seed)
         torch.manual_seed(seed)
-        self.runs = nn.ModuleList(Run(axes, ratio, anchor) for ratio, anchor in runs)
+        self.runs = nn.ModuleList(Run(axes, ratio, anchor, hidden) for ratio, anchor in runs)
         self.bank = PrototypeBank(CLASSES, WIDTH * len(runs), n_heads=len(runs), grad=rule.grad, backend="matmul", momentum=1.0)
         with torch.no_grad():
             z = self.embed(x)
@@ -152,7 +164,7 @@ class Together(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         "Tokens of all runs side by side, `(N, runs * m)`."
         z = x @ torch.cat([run.weight for run in self.runs]).mT
-        return torch.cat([run.shaped(part) for run, part in zip(self.runs, self.per_run(z))], -1)
+        return torch.cat([run.shaped(part, x) for run, part in zip(self.runs, self.per_run(z))], -1)
 
     def per_run(self, z: Tensor) -> tuple[Tensor, ...]:
         return z.split(WIDTH, -1)
@@ -170,10 +182,10 @@ class Together(nn.Module):
                 g.mul_(factor)
 
 # %% ../../nbs/experiments/03_two_rates.ipynb #809bd346
-def trajectories(size: Extent, rule: str, runs: Sequence[tuple[float, str]], seed: int) -> Iterator[list[dict]]:
+def trajectories(size: Extent, rule: str, runs: Sequence[tuple[float, str]], seed: int, hidden: int = 0) -> Iterator[list[dict]]:
     "States of every run at the measured epochs."
     x, labels, _ = drawn(size.data, size.images, seed)
-    y, model, schedule = torch.tensor(labels), Together(size, RULES[rule], runs, seed), RULES[rule].schedule.over(size.short)
+    y, model, schedule = torch.tensor(labels), Together(size, RULES[rule], runs, seed, hidden), RULES[rule].schedule.over(size.short)
     optimiser = torch.optim.Adam(model.groups(size.prototype_rate))
     epochs, start = measured_epochs(size), _spread(model, model.embed(x))
     for epoch in range(size.epochs + 1):
@@ -214,14 +226,14 @@ def summarised(curve: Sequence[dict], short: int) -> dict:
 
 
 @lru_cache(maxsize=1)
-def _curves(size: Extent, rule: str, seed: int) -> dict[tuple[float, str], list[dict]]:
-    "Curves of all runs under one rule."
-    runs = [(ratio, anchor) for own, ratio, anchor in settings(size) if own == rule]
-    return dict(zip(runs, map(list, zip(*trajectories(size, rule, runs, seed)))))
+def _curves(size: Extent, rule: str, encoder: str, seed: int) -> dict[tuple[float, str], list[dict]]:
+    "Curves of all runs under one rule and with one kind of encoder."
+    runs = [(ratio, anchor) for own, ratio, anchor, kind in settings(size) if (own, kind) == (rule, encoder)]
+    return dict(zip(runs, map(list, zip(*trajectories(size, rule, runs, seed, size.hidden if encoder == "MLP" else 0)))))
 
 
-def _measure(size: Extent, rule: str, ratio: float, anchor: str, seed: int) -> dict:
-    curve = _curves(size, rule, seed)[ratio, anchor]
+def _measure(size: Extent, rule: str, ratio: float, anchor: str, encoder: str, seed: int) -> dict:
+    curve = _curves(size, rule, encoder, seed)[ratio, anchor]
     return summarised(curve, size.short) | {"curve": curve}
 
 # %% ../../nbs/experiments/03_two_rates.ipynb #d03d2d82
@@ -233,9 +245,9 @@ def run(profile: str = "quick", seeds: Sequence[int] | None = None, out: str | P
     log = Log("two_rates", profile, out, {"seeds": seeds, "data": data.name, "images": size.images, "short": size.short, "epochs": size.epochs, "ratios": size.ratios,
                                           "prototype_rate": size.prototype_rate, "strength": STRENGTH}, advance)
     for seed in seeds:
-        for rule, ratio, anchor in settings(size):
-            log.row(lambda: _measure(size, rule, ratio, anchor, seed), data=data.name, rule=rule, ratio=ratio, anchor=anchor, seed=seed)
-    curves = [{key: row[key] for key in ("rule", "ratio", "anchor", "seed")} | state for row in log.rows for state in row.pop("curve")]
+        for rule, ratio, anchor, encoder in settings(size):
+            log.row(lambda: _measure(size, rule, ratio, anchor, encoder, seed), data=data.name, rule=rule, ratio=ratio, anchor=anchor, encoder=encoder, seed=seed)
+    curves = [{key: row[key] for key in ("rule", "ratio", "anchor", "encoder", "seed")} | state for row in log.rows for state in row.pop("curve")]
     write_curves(curves, Path(out) / profile / "two_rates-curves.csv")
     sources = {data.name: f"{size.images} images a seed, {data.source}"}
     result = log.finish(title=EXPERIMENT.title, paper=EXPERIMENT.paper, sources=sources, table=table(log.rows), verdict=verdict(log.rows))
@@ -261,15 +273,15 @@ def write_curves(curves: Sequence[dict], path: Path) -> None:
 def read_curves(path: str | Path) -> list[dict]:
     "States of every run at its measured epochs, as `write_curves` kept them."
     with open(path, encoding="utf-8", newline="") as file:
-        return [{name: value if name in ("rule", "anchor") else float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: value if name in ("rule", "anchor", "encoder") else float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 # %% ../../nbs/experiments/03_two_rates.ipynb #c878152d
 OURS = "variance floor + decorrelation"
 
 
-def chosen(rows: Sequence[dict], rule: str = "tau", ratio: float = RATIO, anchor: str = "none") -> list[dict]:
+def chosen(rows: Sequence[dict], rule: str = "tau", ratio: float = RATIO, anchor: str = "none", encoder: str = "linear") -> list[dict]:
     "Rows of one setting."
-    return [row for row in rows if (row["rule"], row["ratio"], row["anchor"]) == (rule, ratio, anchor)]
+    return [row for row in rows if (row["rule"], row["ratio"], row["anchor"], row["encoder"]) == (rule, ratio, anchor, encoder)]
 
 
 def column(rows: Sequence[dict], name: str, **setting) -> np.ndarray:
@@ -293,11 +305,14 @@ def verdict(rows: Sequence[dict]) -> str:
     ratios = list(dict.fromkeys(row["ratio"] for row in rows))
     lost = lambda name: [r for r in ratios if mean(name, ratio=r, **paper) < 0.1 * mean("s_min_start", ratio=r, **paper)]
     words = lambda found: ", ".join(map(str, found)) or "none"
-    kept = [a for a in ANCHORS if a != "none" and (column(rows, "s_min", anchor=a) > 0.5 * column(rows, "s_min_start", anchor=a)).all()]
+    held = lambda anchors, encoder: [a for a in anchors if a != "none" and (column(rows, "s_min", anchor=a, encoder=encoder) > 0.5 * column(rows, "s_min_start", anchor=a, encoder=encoder)).all()]
+    deep = paper | {"encoder": "MLP"}
     return (f"At ratio {RATIO}, as in the paper, ACC is {mean('acc_short', **paper):.3f} at its last epoch and {mean('acc', **paper):.3f} after ten times as many, from {mean('acc_start', **paper):.3f} of k-means; "
             f"S_min is {mean('s_min_short', **paper):.3g} and {mean('s_min', **paper):.3g}, from {mean('s_min_start', **paper):.3g}, and the embedding is left with {100 * mean('scale', **paper):.2g}% of its scale. "
             f"Ratios at which nine tenths of S_min are lost: {words(lost('s_min_short'))} at the paper's last epoch, {words(lost('s_min'))} after ten times as many. "
-            f"Anchors that keep at least half of S_min for every seed: {words(kept)}.")
+            f"Anchors that keep at least half of S_min for every seed: {words(held(ANCHORS, 'linear'))}. "
+            f"With the MLP at ratio {RATIO} ACC is {mean('acc_short', **deep):.3f} and {mean('acc', **deep):.3f}, S_min {mean('s_min_short', **deep):.3g} and {mean('s_min', **deep):.3g}, the scale {100 * mean('scale', **deep):.2g}%; "
+            f"of {len(HELD) - 1} anchors those that keep at least half of S_min: {words(held(HELD, 'MLP'))}.")
 
 # %% ../../nbs/experiments/03_two_rates.ipynb #a2cff6a0
 def draw(result: Result, curves: Sequence[dict], out: str | Path) -> None:
@@ -306,6 +321,7 @@ def draw(result: Result, curves: Sequence[dict], out: str | Path) -> None:
     result.save_figure(figure_6(result, curves), "figure6", "Figure 6 of the paper and its continuation: accuracy and separation at the paper's last epoch (short) and after ten times as many (long), and phase portraits from the start (circle) to the end (cross).", out)
     for rule, name in zip(RULES, ("raw", "stop", "tau")):
         result.save_figure(figure_time(curves, rule), f"time-{name}", f"Rule \"{rule}\": scale of the embedding, smallest separation and accuracy of every ratio, against epoch and against eps x epoch. Lines are medians of the seeds, bands their range.", out)
+    result.save_figure(figure_encoders(curves), "encoders", f"Paper's T: scale of the embedding, smallest separation and accuracy with a linear encoder (lines) and with the MLP (dashed), against epoch. Medians of the seeds.", out)
     result.save_figure(figure_anchors(curves), "anchors", f"What holds the encoder at ratio {RATIO}: accuracy, smallest separation relative to the start, and scale of the embedding. Lines are medians of the seeds, bands their range.", out)
 
 
@@ -381,6 +397,21 @@ def figure_anchors(curves: Sequence[dict]):
     for ax, label in zip(axes, ("ACC", "$S_{min}$ / start", "scale of the embedding / start")):
         ax.set(xscale="log", xlabel="epoch", ylabel=label, yscale="linear" if label == "ACC" else "log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def figure_encoders(curves: Sequence[dict]):
+    figure, axes = require("matplotlib.pyplot", "plots").subplots(1, 3, figsize=(12, 3.3))
+    ratios = _ratios(curves)
+    for ratio, colour in zip(ratios, plots.palette(len(ratios))):
+        for encoder, line in (("linear", "-"), ("MLP", "--")):
+            for ax, name in zip(axes, ("scale", "s_min", "acc")):
+                epoch, values = traced(curves, name, rule="paper's T", ratio=ratio, encoder=encoder)
+                shown = np.median(values / values[:, :1] if name == "s_min" else values, 0)[1:]
+                ax.plot(epoch[1:], shown if name == "acc" else np.maximum(shown, 1e-4), line, color=colour, label=f"ratio {ratio:g}, {encoder}")
+    for ax, label in zip(axes, ("scale of the embedding / start", "$S_{min}$ / start", "ACC")):
+        ax.set(xscale="log", xlabel="epoch", ylabel=label, yscale="linear" if label == "ACC" else "log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
