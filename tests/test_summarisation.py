@@ -65,8 +65,8 @@ def test_the_loss_counts_the_end_and_not_the_padding():
 
 
 def test_docstrings_stand_in_and_no_pair_is_in_both_parts(docstrings):
-    train, test = S.mails("train", 300), S.mails("test", 100)
-    assert len(train.texts) == 300 and len(test.texts) == 100 and not set(train.texts) & set(test.texts)
+    train, held, test = S.mails("train", 300), S.mails("dev", 100), S.mails("test", 100)
+    assert len(train.texts) == 300 and len(test.texts) == 100 and not set(train.texts) & set(test.texts) | set(held.texts) & set(test.texts)
     assert all(text.strip() and own[0].strip() for text, own in zip(train.texts, train.summaries)) and "docstrings" in train.source
 
 
