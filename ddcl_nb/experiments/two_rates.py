@@ -312,12 +312,16 @@ def verdict(rows: Sequence[dict]) -> str:
     words = lambda found: ", ".join(map(str, found)) or "none"
     held = lambda anchors, encoder: [a for a in anchors if a != "none" and (column(rows, "s_min", anchor=a, encoder=encoder) > 0.5 * column(rows, "s_min_start", anchor=a, encoder=encoder)).all()]
     deep = paper | {"encoder": "MLP"}
+    kept = lambda **setting: float((column(rows, "s_min", **setting) / column(rows, "s_min_start", **setting)).mean())
+    share = [kept(ratio=r, **deep) for r in ratios]
     return (f"At ratio {RATIO}, as in the paper, ACC is {mean('acc_short', **paper):.3f} at its last epoch and {mean('acc', **paper):.3f} after ten times as many, from {mean('acc_start', **paper):.3f} of k-means; "
             f"S_min is {mean('s_min_short', **paper):.3g} and {mean('s_min', **paper):.3g}, from {mean('s_min_start', **paper):.3g}, and the embedding is left with {100 * mean('scale', **paper):.2g}% of its scale. "
             f"Ratios at which nine tenths of S_min are lost: {words(lost('s_min_short'))} at the paper's last epoch, {words(lost('s_min'))} after ten times as many. "
             f"Anchors that keep at least half of S_min for every seed: {words(held(ANCHORS, 'linear'))}. "
             f"With the MLP at ratio {RATIO} ACC is {mean('acc_short', **deep):.3f} and {mean('acc', **deep):.3f}, S_min {mean('s_min_short', **deep):.3g} and {mean('s_min', **deep):.3g}, the scale {100 * mean('scale', **deep):.2g}% ({len(chosen(rows, **deep))} seeds). "
             f"Ratios at which half of S_min is lost after ten times as many epochs: {words(lost('s_min', 0.5))} with the linear encoder, {words(lost('s_min', 0.5, encoder='MLP'))} with the MLP; nine tenths: {words(lost('s_min'))}, and {words(lost('s_min', encoder='MLP'))}. "
+            f"Without an anchor the MLP keeps {100 * share[0]:.0f}% of S_min at ratio {ratios[0]}, {100 * share[-1]:.0f}% at {ratios[-1]}, {100 * max(share):.0f}% at its best, and {100 * kept(encoder='MLP'):.0f}% where T follows T_c: "
+            f"a larger ratio {'protects' if share[-1] > share[0] else 'does not protect'} it{'' if share[-1] > share[0] else ' either'}. "
             f"Of {len(HELD) - 1} anchors with the MLP those that keep at least half of S_min: {words(held(HELD, 'MLP'))}.")
 
 # %% ../../nbs/experiments/03_two_rates.ipynb #a2cff6a0
