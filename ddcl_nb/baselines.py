@@ -1,4 +1,4 @@
-"""The mechanisms that DDCL is compared with, behind one interface: attention pooling, Slot Attention and its two successors, Perceiver and Perceiver IO, PMA, NetVLAD, self-attention, deep clustering from a library, and the dual competitive layer
+"""The mechanisms that DDCL is compared with, behind one interface: attention pooling, Slot Attention and its two successors, Perceiver and Perceiver IO, PMA, NetVLAD, a Prototype Transformer block, self-attention, deep clustering from a library, and the dual competitive layer
 
 Docs: https://ddcl-nb.github.io/ddcl_nb/library/baselines.html.md"""
 
@@ -30,8 +30,8 @@ from .temperature import largest_variance
 # %% auto #0
 __all__ = ['MECHANISMS', 'DEEP', 'Pooled', 'Mechanism', 'counted', 'over_tokens', 'nothing', 'AttentionPooling', 'CrossAttention',
            'Perceiver', 'PerceiverIO', 'PMA', 'SelfAttention', 'SlotAttention', 'AdaptiveSlotAttention', 'SlotMixture',
-           'NetVLAD', 'Prototypes', 'DeepClusters', 'clustpy_deep', 'deep_clusters', 'DualPrototypes', 'DualClusters',
-           'dual_clusters']
+           'NetVLAD', 'PrototypeTransformer', 'Prototypes', 'DeepClusters', 'clustpy_deep', 'deep_clusters',
+           'DualPrototypes', 'DualClusters', 'dual_clusters']
 
 # %% ../nbs/library/09c_baselines.ipynb #3c5e601e
 class Pooled:
@@ -299,6 +299,32 @@ class NetVLAD(Mechanism):
         pulled = q.mT @ tokens - q.sum(1)[..., None] * self.centres
         return _unit(_unit(pulled).flatten(1)).view_as(pulled), nothing(tokens), lambda: q
 
+# %% ../nbs/library/09c_baselines.ipynb #9c5a21a3
+class PrototypeTransformer(Mechanism):
+    """A block in which tokens write to `n_prototypes` prototypes and read back from them, in place of self-attention: summary `(B, N, dim)`, assignments are what is written where.
+
+    Written after the abstract of the Prototype Transformer (Yordanov et al. 2026, arXiv 2602.11852), which gives no equations: two-way communication, learned vectors and linear cost are theirs.
+    Ours are the scores (scaled products, softmax over prototypes both ways), a mean over all tokens where theirs is causal, and the layout of norms, residuals and feed-forward."""
+    compete = "queries"
+
+    def __init__(self, dim: int, n_prototypes: int):
+        super().__init__(dim)
+        self.prototypes = nn.Parameter(torch.randn(n_prototypes, dim))
+        self.write, self.read, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm = nn.LayerNorm(dim)
+        self.feed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def shares(self, queries: Tensor) -> Tensor:
+        "Softmax over prototypes `(B, N, K)` for queries `(B, N, dim)`."
+        return (queries @ self.prototypes.mT / math.sqrt(self.dim)).softmax(-1)
+
+    def pool(self, tokens, mask):
+        h = self.norm(tokens)
+        written = counted(self.shares(self.write(h)), mask)
+        channels = written.mT @ self.value(h) / written.sum(1)[..., None].clamp_min(1e-8)  # (B, K, dim)
+        x = tokens + self.out(self.shares(self.read(h)) @ channels)
+        return counted(x + self.feed(x), mask), nothing(tokens), lambda: written
+
 # %% ../nbs/library/09c_baselines.ipynb #b080e1b2
 class Prototypes(Mechanism):
     "A `DDCLAttention` (summary `(B, N, dim)`) or a `DDCLReadout` (summary `(B, S, width)`, S its prototypes or 1), one head, behind the same interface."
@@ -327,6 +353,7 @@ MECHANISMS: dict[str, Callable[[int, int], Mechanism]] = {
     "Slot Attention": lambda dim, K: SlotAttention(dim, K),
     "Adaptive Slot Attention": lambda dim, K: AdaptiveSlotAttention(dim, K),
     "Slot Mixture": lambda dim, K: SlotMixture(dim, K),
+    "Prototype Transformer": lambda dim, K: PrototypeTransformer(dim, K),
     "DDCL readout": lambda dim, K: Prototypes(DDCLReadout(dim, K, pool="residual")),
     "DDCL attention": lambda dim, K: Prototypes(DDCLAttention(dim, K))}
 "Mechanisms by name, from a width (a multiple of 4) and a number of queries."
@@ -417,7 +444,7 @@ def dual_clusters(X: np.ndarray,  # `(N, m)`: frozen embeddings
         loss = ddcl(z, layer(z), 4 * tau).loss.mean()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss) * spread**2)
+        losses.append(loss.item() * spread**2)
     with torch.no_grad():
         prototypes = layer(z)
         return DualClusters(ddcl(z, prototypes, 4 * tau).indices.numpy(), (prototypes * spread + centre).numpy(), np.array(losses))

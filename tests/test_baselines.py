@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddcl_nb.baselines import MECHANISMS, AdaptiveSlotAttention, Prototypes, SelfAttention, SlotAttention, deep_clusters
+from ddcl_nb.baselines import MECHANISMS, AdaptiveSlotAttention, DualPrototypes, Prototypes, PrototypeTransformer, SelfAttention, SlotAttention, deep_clusters, dual_clusters
 from ddcl_nb.layers import DDCLAttention
 
 DIM, N = 8, 6
@@ -18,7 +18,7 @@ def made(name, K=3):
 
 
 def per_token(layer):
-    return isinstance(layer, SelfAttention) or isinstance(layer, Prototypes) and isinstance(layer.layer, DDCLAttention)
+    return isinstance(layer, (SelfAttention, PrototypeTransformer)) or isinstance(layer, Prototypes) and isinstance(layer.layer, DDCLAttention)
 
 
 def close(a, b):
@@ -76,7 +76,29 @@ def test_no_slot_kept_is_no_summary():
     assert not out.summary.any() and not out.assignments.any() and out.loss < 1e-6
 
 
+def test_prototypes_of_the_dual_layer_stay_in_the_span_of_the_rows():
+    torch.manual_seed(0)
+    plane = torch.linalg.qr(torch.randn(5, 2))[0].mT  # (2, 5)
+    X = (torch.randn(60, 2) @ plane + 1).numpy()
+    found, again = (dual_clusters(X, 3, epochs=30, seed=1) for _ in range(2))
+    centred = torch.tensor(found.prototypes - X.mean(0))
+    close(centred @ plane.mT @ plane, centred)
+    assert (found.labels == again.labels).all() and found.losses[-1] < found.losses[0] and set(found.labels) == {0, 1, 2}
+
+
+def test_gradient_of_the_dual_layer_is_that_of_prototypes_times_the_rows():
+    torch.manual_seed(0)
+    X, target = torch.randn(20, 4), torch.randn(3, 4)
+    layer = DualPrototypes(X, 3)
+    P = layer(X)
+    G = torch.autograd.grad((P - target).pow(4).sum(), P, retain_graph=True)[0]
+    (P - target).pow(4).sum().backward()
+    close(layer.weight.grad, G @ X.mT)
+
+
 def test_faults_are_named():
+    with pytest.raises(ValueError, match="n_prototypes must be between 1 and the 1 distinct rows of X, got 2"): DualPrototypes(torch.zeros(3, 2), 2)
+    with pytest.raises(ValueError, match="tau must be positive, got 0"): dual_clusters(torch.randn(9, 2).numpy(), 2, tau=0)
     with pytest.raises(ValueError, match="method must be one of DEC, IDEC, DKM; got 'DCN'"): deep_clusters("DCN", torch.zeros(3, 2).numpy(), 2)
     with pytest.raises(ValueError, match="X holds 1 NaN"): deep_clusters("DEC", torch.tensor([[0.0, float("nan")]]).numpy(), 1)
     with pytest.raises(ValueError, match="layer must have one head, got 2"): Prototypes(DDCLAttention(8, 3, n_heads=2))

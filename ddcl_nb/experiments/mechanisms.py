@@ -1,4 +1,4 @@
-"""Table 1 of the paper, measured: what five mechanisms cost on the same tokens, whether their queries stay apart in training, and which quantity tells when they collapse
+"""Table 1 of the paper, measured: what seven mechanisms cost on the same tokens, whether their queries stay apart in training, and which quantity tells when they collapse
 
 Docs: https://ddcl-nb.github.io/ddcl_nb/experiments/mechanisms.html.md"""
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .. import plots
-from ..baselines import MECHANISMS, Mechanism, Pooled, Prototypes, SelfAttention, SlotAttention
+from ..baselines import MECHANISMS, Mechanism, PerceiverIO, Pooled, Prototypes, PrototypeTransformer, SelfAttention, SlotAttention
 from ..data import load_digits
 from .registry import Experiment, Log, Result, check_profile, spread
 from ..extras import require
@@ -31,15 +31,15 @@ from ..training import param_groups
 
 # %% auto #0
 __all__ = ['OURS', 'COMPARED', 'DIM', 'QUERIES', 'SIZES', 'CONDITIONS', 'COST_DIM', 'COST_QUERIES', 'SIGNS', 'OWN', 'EXPERIMENT',
-           'Extent', 'digits', 'Reader', 'Flattened', 'make_identical', 'make_hot', 'wanted', 'entropy_share',
-           'distinctness', 'usage_share', 'smallest_distance', 'queries_of', 'own_report', 'vital_signs', 'trained',
-           'kept_bytes', 'costs', 'slope', 'run', 'flat', 'steps', 'values', 'gap', 'telling', 'in_words',
-           'cost_slopes', 'largest', 'table_1', 'table', 'busy', 'verdict', 'draw', 'figure_cost', 'figure_courses',
-           'figure_signs']
+           'Extent', 'digits', 'Reader', 'Flattened', 'learned_queries', 'logit_maps', 'make_identical', 'make_hot',
+           'wanted', 'entropy_share', 'distinctness', 'usage_share', 'smallest_distance', 'queries_of', 'own_report',
+           'vital_signs', 'trained', 'kept_bytes', 'costs', 'slope', 'run', 'flat', 'steps', 'values', 'gap', 'telling',
+           'in_words', 'cost_slopes', 'largest', 'table_1', 'table', 'busy', 'verdict', 'draw', 'figure_cost',
+           'figure_courses', 'figure_signs']
 
 # %% ../../nbs/experiments/06_mechanisms.ipynb #e4e56470
 OURS = "DDCL attention"
-COMPARED = ("self-attention", "Slot Attention", "Perceiver", "PMA", OURS)
+COMPARED = ("self-attention", "Slot Attention", "Perceiver", "Perceiver IO", "PMA", "Prototype Transformer", OURS)
 DIM, QUERIES = 32, 8
 
 
@@ -95,13 +95,29 @@ class Flattened(nn.Module):
         return weight * scale
 
 
+def learned_queries(mechanism: Mechanism) -> Tensor | None:
+    "Its latents, seeds or prototypes `(K, m)`; None where queries are drawn or are the tokens."
+    if isinstance(mechanism, Prototypes):
+        return mechanism.layer.bank.prototypes
+    holder = mechanism.read if isinstance(mechanism, PerceiverIO) else mechanism
+    return next((getattr(holder, name) for name in ("latents", "seeds", "prototypes") if hasattr(holder, name)), None)
+
+
+def logit_maps(mechanism: Mechanism) -> list[nn.Module]:
+    "The linear maps whose size sets how sharp its assignments are, self-attention and DDCL left out."
+    if isinstance(mechanism, PrototypeTransformer):
+        return [mechanism.write, mechanism.read]
+    if isinstance(mechanism, SlotAttention):
+        return [mechanism.query]
+    return [(mechanism.read if isinstance(mechanism, PerceiverIO) else mechanism).attention.query]
+
+
 @torch.no_grad()
 def make_identical(mechanism: Mechanism) -> None:
     "Put all queries at one point."
     if isinstance(mechanism, SlotAttention):
         mechanism.log_scale.fill_(-20)
-    queries = mechanism.layer.bank.prototypes if isinstance(mechanism, Prototypes) else getattr(mechanism, "latents", getattr(mechanism, "seeds", None))
-    if queries is not None:
+    if (queries := learned_queries(mechanism)) is not None:
         queries.copy_(queries[:1].expand_as(queries))
 
 
@@ -113,9 +129,9 @@ def make_hot(mechanism: Mechanism) -> None:
         for name in ("in_proj_weight", "in_proj_bias"):
             parametrize.register_parametrization(mechanism.attention, name, Flattened(DIM))
     else:
-        query = mechanism.query if isinstance(mechanism, SlotAttention) else mechanism.attention.query
-        for name, value in list(query.named_parameters()):
-            parametrize.register_parametrization(query, name, Flattened())
+        for linear in logit_maps(mechanism):
+            for name, value in list(linear.named_parameters()):
+                parametrize.register_parametrization(linear, name, Flattened())
 
 
 CONDITIONS: dict[str, Callable[[Mechanism], None]] = {"healthy": lambda mechanism: None, "identical": make_identical, "hot": make_hot}
@@ -154,13 +170,11 @@ def smallest_distance(queries: Tensor) -> float:
 
 def queries_of(mechanism: Mechanism, pooled: Pooled) -> Tensor | None:
     "Its queries `(K, m)`, or the slots of every input `(B, K, m)`; None for self-attention."
-    if isinstance(mechanism, Prototypes):
-        return mechanism.layer.bank.prototypes
-    return pooled.summary if isinstance(mechanism, SlotAttention) else getattr(mechanism, "latents", getattr(mechanism, "seeds", None))
+    return pooled.summary if isinstance(mechanism, SlotAttention) else learned_queries(mechanism)
 
 
 def own_report(mechanism: Mechanism, tokens: Tensor) -> dict[str, float]:
-    "What a mechanism says of itself: of these five only the prototype bank says anything."
+    "What a mechanism says of itself: of all these only the prototype bank says anything."
     if not isinstance(mechanism, Prototypes):
         return {}
     bank = mechanism.layer.bank
@@ -386,7 +400,7 @@ def figure_cost(result: Result):
     figure, panels = require("matplotlib.pyplot", "plots").subplots(1, 2, figsize=(10, 3.4))
     rows = [row for row in result.rows if row["part"] == "cost"]
     lengths = sorted({row["tokens"] for row in rows})
-    for name, colour, marker in zip(COMPARED, plots.palette(len(COMPARED)), "os^vD"):
+    for name, colour, marker in zip(COMPARED, plots.palette(len(COMPARED)), "os^v<PD"):
         for ax, column, unit in zip(panels, ("ms", "kept_bytes"), (1, 1e6)):
             ax.loglog(lengths, [np.median([row[column] for row in rows if row["mechanism"] == name and row["tokens"] == n]) / unit for n in lengths], color=colour, marker=marker, ms=4, lw=2.4 if name == OURS else 1.3, label=name)
     for ax, label in zip(panels, ("milliseconds", "kept for the backward pass, MB")):

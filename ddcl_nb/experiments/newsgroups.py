@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .. import plots
 from ..assign import assignments
 from ..bank import PrototypeBank, initial_prototypes
-from ..baselines import clustpy_deep, deep_clusters
+from ..baselines import clustpy_deep, deep_clusters, dual_clusters
 from ..data import DataNotFound, cache_folder, docstring_corpus, load_20newsgroups
 from ..encoders import Encoder, cache_key, embed_ids, masked_mean, token_ids
 from .registry import Experiment, Log, Result, check_profile, spread, with_spread
@@ -37,7 +37,7 @@ from ..training import fit
 
 # %% auto #0
 __all__ = ['SIZES', 'WHOLE', 'PIECE', 'INPUTS', 'OURS', 'BASE', 'PAPERS', 'COOLED', 'METHODS', 'ON_CLS', 'VARIANTS', 'VARIED',
-           'AIM', 'KMEANS', 'EXPERIMENT', 'Size', 'Posts', 'subject_line', 'posts', 'pooled', 'inputs',
+           'THOROUGH', 'AIM', 'KMEANS', 'EXPERIMENT', 'Size', 'Posts', 'subject_line', 'posts', 'pooled', 'inputs',
            'spherical_kmeans', 'gaussian_mixture', 'neighbours', 'spectral', 'agreement', 'Projected', 'Pairs', 'Agree',
            'trained', 'deep', 'ours', 'plan', 'remembered', 'told', 'stability', 'run', 'steps', 'column',
            'best_kmeans', 'gain', 'table', 'verdict', 'draw', 'figure_scores', 'figure_variants', 'figure_confusion']
@@ -51,12 +51,12 @@ class Size:
     seeds: range
     steps: int = 300  # of a trained method, each on a batch of pairs
     batch: int = 1024
-    thorough: bool = True  # with DEC, IDEC and the variants
+    thorough: bool = True  # with DEC, IDEC, the dual layer and the variants
 
 
 SIZES = {"quick": Size(600, 64, range(5), 60, 256, thorough=False), "full": Size(5000, 128, range(5), thorough=False)}
 WHOLE = Size(None, 128, range(5))
-"Every post, with DEC, IDEC and the variants, which take hours on two cores: `run('full', size=WHOLE)`."
+"Every post, with DEC, IDEC, the dual layer and the variants, which take hours on two cores: `run('full', size=WHOLE)`."
 
 
 @dataclass(frozen=True)
@@ -267,6 +267,7 @@ METHODS: dict[str, Callable[[Tensor, int, int, Size], np.ndarray]] = {
     "Gaussian mixture": lambda x, K, seed, size: gaussian_mixture(x, K, seed),
     "DEC": lambda x, K, seed, size: deep("DEC", x, K, seed, size),
     "IDEC": lambda x, K, seed, size: deep("IDEC", x, K, seed, size),
+    "dual layer": lambda x, K, seed, size: dual_clusters(x.numpy(), K, epochs=size.steps, seed=seed).labels,
     "spectral, k-means": lambda x, K, seed, size: kmeans(spectral(x, K), K, seed),
     COOLED: lambda x, K, seed, size: annealed(x, K, seed),
     "spectral, DDCL cooled in tau": lambda x, K, seed, size: annealed(spectral(x, K), K, seed),
@@ -290,9 +291,13 @@ VARIANTS = {
 VARIED = "body"
 
 
+THOROUGH = ("DEC", "IDEC", "dual layer")
+"Methods that only a thorough run has."
+
+
 def plan(size: Size, seeds: Sequence[int]) -> list[tuple[str, str, Callable, int]]:
     "Input, method, function and seed of every clustering."
-    main = {name: call for name, call in METHODS.items() if size.thorough or name not in ("DEC", "IDEC")}
+    main = {name: call for name, call in METHODS.items() if size.thorough or name not in THOROUGH}
     varied = {f"{OURS}: {name}": lambda x, K, seed, size, s=settings: ours(x, K, seed, size, s) for name, settings in VARIANTS.items()}
     sets = {"CLS": ON_CLS} | {name: main | (varied if name == VARIED and size.thorough else {}) for name in INPUTS[1:]}
     return [(name, method, call, seed) for seed in seeds for name, methods in sets.items() for method, call in methods.items()]
