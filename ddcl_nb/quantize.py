@@ -245,8 +245,7 @@ class DDCLQuantize(nn.Module):
     In training the output is the soft centroid (in the first `warmup` steps, the token itself); in evaluation it is the code
     of the index, exactly. Tokens are `(N, d)`, `(B, N, d)` or maps `(B, d, H, W)`. `decay` is the share that running statistics
     keep at each step: the codes themselves, the tokens' mean and unit, `L_q`, and the covariance behind `T_c`.
-    `commitment_weight` weighs the mean squared distance from tokens to their codes, as in VQ-VAE (arXiv 1711.00937); in training
-    it grows from zero to this value while the layer cools. `anneal` is in
+    `commitment_weight` weighs the mean squared distance from tokens to their codes, as in VQ-VAE (arXiv 1711.00937). `anneal` is in
     units of `T_c` and counts training steps after the warm-up. Of `VectorQuantize` also `accept_image_fmap`,
     `separate_codebook_per_head` and `kmeans_init` are accepted: maps are known by their four dimensions, heads always have
     codebooks of their own, and k-means is always the start. Any other argument is a `TypeError`.
@@ -284,11 +283,6 @@ class DDCLQuantize(nn.Module):
         return self.num_quantizers * self.heads * math.log2(self.codebook_size)
 
     @property
-    def cooled(self) -> Tensor:
-        "Share of the cooling that is done, `()`: 0 during the warm-up."
-        return self.started * (self.steps / self.anneal.steps).clamp(max=1)
-
-    @property
     def codebook(self) -> Tensor:
         "Codes in the tokens' unit, detached: `(K, d)`, with stages and heads in front, `(S, H, K, d/H)`, where there is more than one."
         codes = torch.stack([stage.codes() for stage in self.stages]).detach()
@@ -301,8 +295,7 @@ class DDCLQuantize(nn.Module):
         learning = self.training and not self.frozen
         values, indices = (self._learn if learning else self._send)(tokens, mask)
         wide = tokens.to(values.dtype)
-        weight = self.commitment_weight * (self.cooled if learning else 1.0)
-        loss = weight * token_mean((wide - values).square().mean(-1), mask)
+        loss = self.commitment_weight * token_mean((wide - values).square().mean(-1), mask)
         for stage, index in zip(self.stages, indices.unbind(-2)):
             stage.count(index)
         passed = without_padding(values + (wide - wide.detach()), mask).to(x.dtype)

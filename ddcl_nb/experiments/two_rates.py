@@ -52,7 +52,7 @@ class Extent:
     deep_seeds: int = 5  # how many of the seeds have the MLP too
 
 
-SIZES = {"quick": Extent("digits", 500, 30, 300, (1, 10, 100)), "full": Extent("mnist", 1000, 300, 3000, (1, 3, 10, 30, 100), deep_seeds=3)}
+SIZES = {"quick": Extent("digits", 500, 30, 300, (1, 10, 100)), "full": Extent("mnist", 1000, 300, 3000, (1, 3, 10, 30, 100))}
 
 
 @lru_cache(maxsize=2)
