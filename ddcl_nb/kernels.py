@@ -210,7 +210,7 @@ def _openmp() -> Callable[[int], int]:
 
 def _release() -> None:
     "End the worker threads of this thread's parallel operations; the next such operation makes new ones, in less than 0.1 ms."
-    _openmp()(2)
+    _openmp()(1)  # omp_pause_soft: nothing but the threads is given up
 
 
 def _pool(n: int) -> ThreadPoolExecutor:

@@ -1,5 +1,8 @@
 "What the fused pass promises beyond its numbers: no N x K array, any bank size, no graph break, nothing done for gradients that are absent."
+import os
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -70,6 +73,21 @@ def test_work_on_cores_keeps_its_order_and_its_errors(three_cores):
     with Watch() as seen:  # whoever watches this thread's operations sees all of them
         ddcl(numbers(3000, 4), numbers(300, 4), 1.0)
     assert "aten::exp2_" in seen.names
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists threads like this")
+def test_waiting_workers_of_openmp_are_let_go(three_cores):
+    if kernels._openmp().__name__ != "omp_pause_resource_all":
+        pytest.skip("PyTorch uses another library for its threads here")
+    working, numbered = lambda: len(os.listdir("/proc/self/task")), torch.ones(2**18)
+    numbered.add_(1)
+    with_workers = working()
+    kernels._release()
+    end = time.monotonic() + 5
+    while working() >= with_workers and time.monotonic() < end:
+        time.sleep(0.01)
+    assert working() < with_workers
+    assert numbered.add_(1).eq(3).all() and working() == with_workers
 
 
 @given(N=st.integers(0, 10_000), rows=st.integers(1, 5000))
