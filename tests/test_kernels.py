@@ -42,6 +42,17 @@ def test_tiles_and_chunks_do_not_matter(monkeypatch, tile, elements, through, K)
     assert index.equal(nearest)
 
 
+@pytest.mark.parametrize("through", THROUGH.values(), ids=THROUGH)
+@pytest.mark.parametrize("K", [2, 130, 320])
+def test_banks_up_to_the_width_of_the_tokens(through, K):
+    inputs = numbers(1, 90, 320, seed=1), numbers(1, K, 320, seed=2), torch.tensor([40.0]).double()
+    assert kernels.is_small(inputs[1]) and not kernels.is_small(numbers(1, 321, 320))
+    (found, index), (exact, nearest) = everything(fused, through, inputs), everything(definition, through, inputs)
+    for one, other in zip(found, exact):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    assert index.equal(nearest)
+
+
 @pytest.fixture
 def three_cores():
     before = torch.get_num_threads()
