@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.cluster import kmeans_plusplus
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -405,6 +404,7 @@ class DualPrototypes(nn.Module):
     def __init__(self, X: Tensor,  # `(N, m)`
                  n_prototypes: int, seed: int = 0):
         super().__init__()
+        from sklearn.cluster import kmeans_plusplus
         rows, distinct = X.detach().double().numpy(), len(np.unique(X.detach().numpy(), axis=0))
         if not 1 <= n_prototypes <= distinct:
             raise ValueError(f"n_prototypes must be between 1 and the {distinct} distinct rows of X, got {n_prototypes}")

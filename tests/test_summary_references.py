@@ -10,14 +10,15 @@ pytest.importorskip("rouge_score")
 
 @pytest.fixture
 def three_mails(monkeypatch):
-    data = SimpleNamespace(inputs=["a body", " ", "body without a subject"], targets=[["own", "", "another"], ["no body"], [" ", "another"]], source="made")
-    monkeypatch.setattr(S, "load_aeslc", lambda split: data)
+    data = SimpleNamespace(inputs=["a body", " ", "body without a subject", "a  known body"], targets=[["own", "", "another"], ["no body"], [" ", "another"], ["own"]], source="made")
+    others = SimpleNamespace(inputs=["another body", "a known body"], targets=[["own"], ["own"]], source="made")
+    monkeypatch.setattr(S, "load_aeslc", lambda split: others if split == "train" else data)
     S.mails.cache_clear()
     yield
     S.mails.cache_clear()
 
 
-def test_empty_references_and_halves_of_pairs_are_left_out(three_mails):
+def test_empty_references_halves_of_pairs_and_training_mails_are_left_out(three_mails):
     pairs = S.mails("test", 10)
     assert pairs.texts == ["a body"] and pairs.summaries == [["own", "another"]]
 
